@@ -1,0 +1,272 @@
+/* fleece.h: the public C interface of pyfleece, and the one list of declarations that the Python bindings are made from.
+ *
+ * Copyright 2026 the pyfleece authors. SPDX-License-Identifier: Apache-2.0
+ *
+ * Conventions, which hold for every function here:
+ *   - It returns 0 or a negative code: -errno, or one of the negated FL_E... codes below.
+ *   - Outputs come last and are untouched on failure; `error` (which may be NULL) is filled on failure only.
+ *   - Offsets and lengths are bytes; durations are nanoseconds.
+ *   - Every function may be called by any number of threads at once on one object. Closing an object makes the calls that come
+ *     later return -FL_ECLOSED and waits for those that run; the memory lives until ..._free, which must be the last call.
+ *   - After fork() the child's copies are unusable: every call on them returns -FL_EFORKED.
+ *   - *_close may be called twice. *_free of an object that is open closes it. *_free(NULL) does nothing.
+ */
+#ifndef FLEECE_H
+#define FLEECE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* CFFI BEGIN */
+
+/* ---- errors ---- */
+
+enum fl_code {                  /* beyond errno's range; returned negated */
+    FL_EBROKEN = 5001,          /* the snapshot is broken; the error holds the first cause */
+    FL_EDISCARDED,              /* this range of the snapshot was discarded */
+    FL_ELOST,                   /* this range of the snapshot was lost (policy lose-range) */
+    FL_EOUTSIDE,                /* this range is not in the snapshot's dirty bitmap */
+    FL_ERANGE,                  /* offset + length is beyond the end */
+    FL_ECLOSED,                 /* the object was closed */
+    FL_EFORKED,                 /* the object belongs to the parent process */
+    FL_ELOCKED,                 /* another program, or another open in this one, has the image in use */
+    FL_EFORMAT,                 /* unknown, unsupported or damaged image format */
+    FL_ETRUNCATED,              /* the image ended before its size: it was truncated under us */
+    FL_ECANCELLED,              /* the job was cancelled */
+    FL_EINTERRUPTED,            /* the interrupt hook asked to stop waiting; nothing was changed by the part that waited */
+    FL_EEND                     /* no more chunks */
+};
+
+enum fl_side { FL_SIDE_NONE, FL_SIDE_SOURCE, FL_SIDE_FLEECING, FL_SIDE_TARGET };
+
+typedef struct fl_error {
+    int code;                   /* what the function returned */
+    int cause;                  /* positive errno or FL_E... code of the first failure behind it; 0 when there is none */
+    int side;                   /* enum fl_side: where that failure was */
+    uint64_t offset, length;    /* the range that it was about */
+    char text[400];             /* a sentence for people, with the name of the file; not ended by a full stop */
+} fl_error;
+
+/* A short name for a code or errno, never NULL. */
+const char *fl_strerror(int code);
+
+/* `hook` is called about every 50 ms by waits that run in `thread` (pthread_self of the program's main thread); when it returns non-zero
+   the wait ends with -FL_EINTERRUPTED. NULL takes the hook away. Not to be called while other calls run. */
+void fl_set_interrupt(int (*hook)(void), unsigned long thread);
+
+/* ---- extents ---- */
+
+enum fl_kind {
+    FL_DATA,                    /* may hold anything */
+    FL_ZERO,                    /* reads as zeros: a hole, or known zeros */
+    FL_DISCARDED, FL_LOST, FL_OUTSIDE   /* of snapshots only: reading it fails with the code of the same name */
+};
+
+typedef struct fl_extent { uint64_t offset, length; int kind; } fl_extent;
+
+/* ---- images ---- */
+
+typedef struct fl_image fl_image;
+
+typedef struct fl_image_options {
+    const char *format;         /* "raw"; never NULL: nothing is guessed */
+    int writable;
+    int direct;                 /* O_DIRECT; buffers, offsets and lengths may be unaligned all the same */
+    int share;                  /* take no lock: another program may have it open for writing */
+} fl_image_options;
+
+typedef struct fl_image_info {
+    uint64_t size;              /* the guest's size */
+    uint64_t allocated;         /* bytes that it occupies on its file system; a block device: its size */
+    uint32_t cluster_size;      /* the unit in which the image allocates: raw: the file system's block, or the device's sector */
+    uint32_t alignment;         /* what the storage asks of offsets and lengths: 1 when buffered */
+    int block_device, writable, direct;
+    char format[16];
+} fl_image_info;
+
+/* Open a regular file or a block device. -FL_ELOCKED: in use; -FL_EFORMAT; -errno. */
+int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
+/* Make a new sparse image of `size` bytes, opened for writing. The file must not exist (-EEXIST). */
+int fl_image_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
+/* A raw image without a name in `directory` (O_TMPFILE), gone with its last user, of `size` bytes (sparse). */
+int fl_image_create_nameless(const char *directory, uint64_t size, fl_image **image, fl_error *error);
+
+int fl_image_pread(fl_image *image, void *buffer, size_t count, uint64_t offset, fl_error *error);
+int fl_image_pwrite(fl_image *image, const void *buffer, size_t count, uint64_t offset, fl_error *error);
+int fl_image_zero(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);     /* reads as zeros afterwards; space freed where possible */
+int fl_image_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);  /* a hint: contents are undefined afterwards */
+int fl_image_flush(fl_image *image, fl_error *error);
+/* Describe [offset, offset + length) in up to `max` extents, in order and without gaps, from `offset` on; `found` may cover less
+   than was asked for (call again from where it ended), but never nothing. Neighbours differ in kind. */
+int fl_image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+int fl_image_info_get(fl_image *image, fl_image_info *info, fl_error *error);
+/* Snapshots, disks and jobs that use the image keep it open until they end. */
+int fl_image_close(fl_image *image, fl_error *error);
+void fl_image_free(fl_image *image);
+
+/* ---- fault injection: an image around another one (which stays usable), for tests of this library and of its users ---- */
+
+enum fl_op { FL_OP_READ = 1, FL_OP_WRITE = 2, FL_OP_ZERO = 4, FL_OP_DISCARD = 8, FL_OP_FLUSH = 16, FL_OP_EXTENTS = 32, FL_OP_ANY = 63 };
+
+enum fl_fault_action {
+    FL_FAULT_ERROR,             /* fail with `err`, nothing done */
+    FL_FAULT_SHORT,             /* read or write: do the first half, then fail with `err` (0: the rest is done too, in a second go) */
+    FL_FAULT_DELAY,             /* sleep `delay_ns`, then do it */
+    FL_FAULT_HANG,              /* wait for fl_fault_resume, then do it */
+    FL_FAULT_HANG_AFTER         /* do it, then wait for fl_fault_resume */
+};
+
+typedef struct fl_fault {
+    int ops;                    /* enum fl_op, or'ed: which operations count and are hit */
+    int action, err;            /* enum fl_fault_action; positive errno */
+    uint64_t nth;               /* the first hit is the nth matching operation from now on, counted from 1 */
+    uint64_t times;             /* how many matching operations in a row are hit; 0: all from then on */
+    uint64_t offset, length;    /* only operations that touch this range match; length 0: all */
+    uint64_t delay_ns;
+    double probability;         /* 0 or 1: always; else each hit happens with this probability, from `seed` */
+    uint64_t seed;
+} fl_fault;
+
+int fl_image_faulty(fl_image *inner, fl_image **image, fl_error *error);
+int fl_fault_add(fl_image *image, const fl_fault *fault, fl_error *error);  /* the first rule that hits an operation acts on it */
+int fl_fault_clear(fl_image *image);                    /* forget all rules and let go of what hangs */
+int fl_fault_resume(fl_image *image);                   /* let go of what hangs now */
+uint64_t fl_fault_seen(fl_image *image, int ops);       /* operations of these kinds since it was made, hit or not */
+uint64_t fl_fault_hanging(fl_image *image);             /* operations that hang now */
+
+/* ---- the disk: the guest's view ---- */
+
+typedef struct fl_disk fl_disk;
+typedef struct fl_snapshot fl_snapshot;
+
+int fl_disk_open(fl_image *source, fl_disk **disk, fl_error *error);
+uint64_t fl_disk_size(fl_disk *disk);
+int fl_disk_pread(fl_disk *disk, void *buffer, size_t count, uint64_t offset, fl_error *error);
+int fl_disk_pwrite(fl_disk *disk, const void *buffer, size_t count, uint64_t offset, fl_error *error);
+int fl_disk_zero(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
+int fl_disk_discard(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
+int fl_disk_flush(fl_disk *disk, fl_error *error);
+/* Ends the disk's snapshots too: their later reads fail with -FL_ECLOSED. */
+int fl_disk_close(fl_disk *disk, fl_error *error);
+void fl_disk_free(fl_disk *disk);
+
+/* Dirty bitmaps: what was written since the bitmap was added or last frozen by a cut. In memory. `granularity`: a power of two. */
+int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error);     /* -EEXIST */
+int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error);    /* -ENOENT; -EBUSY while a snapshot has it frozen */
+int fl_disk_bitmap_info(fl_disk *disk, const char *name, uint64_t *granularity, uint64_t *dirty_bytes, fl_error *error);
+/* The name of bitmap `index`, into `name` of 256 bytes; -ENOENT past the last. */
+int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error);
+/* As fl_image_extents; FL_DATA is dirty, FL_OUTSIDE is clean. */
+int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uint64_t length,
+                           fl_extent *extents, size_t max, size_t *found, fl_error *error);
+
+/* ---- snapshots ---- */
+
+enum fl_policy { FL_BREAK_SNAPSHOT, FL_BREAK_GUEST_WRITE, FL_LOSE_RANGE };
+
+typedef struct fl_snapshot_options {
+    uint32_t cluster_size;      /* a power of two, 4 KiB to 64 MiB; 0: the default */
+    int on_cbw_error;           /* enum fl_policy */
+    uint64_t cbw_timeout;       /* ns: the longest that one guest write waits for room, in all */
+    uint64_t stage_size;        /* bytes of memory, used lazily; at least one cluster */
+    fl_image *fleecing;         /* writable; NULL: the stage is all there is */
+    uint64_t fleecing_limit;    /* bytes of the fleecing image that may be in use; 0: all of it */
+    const char *bitmap;         /* NULL: a full snapshot; else freeze this dirty bitmap at the cut */
+} fl_snapshot_options;
+
+/* Cut `count` different disks at one instant. All or none. */
+int fl_snapshot_cut(fl_disk *const *disks, const fl_snapshot_options *options, size_t count,
+                    fl_snapshot **snapshots, fl_error *error);
+uint64_t fl_snapshot_size(fl_snapshot *snapshot);
+uint32_t fl_snapshot_cluster_size(fl_snapshot *snapshot);
+/* All of the bytes at the cut, or a failure (-FL_EBROKEN, -FL_EDISCARDED, -FL_ELOST, -FL_EOUTSIDE, -FL_ERANGE, -errno). On failure the buffer's
+   contents are undefined. Never makes a guest write wait. */
+int fl_snapshot_pread(fl_snapshot *snapshot, void *buffer, size_t count, uint64_t offset, fl_error *error);
+int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
+                        fl_extent *extents, size_t max, size_t *found, fl_error *error);
+/* "I have it": the whole clusters in the range (the tail counts as whole) are not saved on write any more, can't be read any more,
+   and what the store holds of them is freed. */
+int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
+/* 0 while it lives; -FL_EBROKEN with the first cause. */
+int fl_snapshot_check(fl_snapshot *snapshot, fl_error *error);
+/* The frozen dirty bitmap is done with: close does not merge it back. */
+int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error);
+/* Never waits for fleecing storage that hangs. */
+int fl_snapshot_close(fl_snapshot *snapshot, fl_error *error);
+void fl_snapshot_free(fl_snapshot *snapshot);
+
+#define FL_LATENCY_BUCKETS 256
+
+typedef struct fl_stats {
+    uint64_t clusters_saved;    /* in the store, ever; zero clusters not counted */
+    uint64_t bytes_copied;      /* old data that went through the stage */
+    uint64_t zero_clusters;     /* saved as zeros: nothing stored */
+    uint64_t clusters_lost;
+    uint64_t clusters_discarded;
+    uint64_t staged_bytes, staged_peak;         /* in memory now, and at most */
+    uint64_t fleecing_bytes, fleecing_peak;     /* in the fleecing image */
+    uint64_t bytes_spilled;     /* written to the fleecing image, ever */
+    uint64_t spill_errors;
+    uint64_t room_waits;        /* guest writes that had to wait for room */
+    uint64_t room_timeouts;
+    uint64_t claim_waits;       /* guest writes that waited for another one that was saving the same cluster */
+    uint64_t reads_repeated;    /* source reads whose range was saved meanwhile, read again from the store */
+    uint64_t latency_count, latency_max;        /* ns added to guest writes by copy-before-write */
+    uint64_t latency[FL_LATENCY_BUCKETS];       /* counts; fl_latency_bound(i) is the upper bound of bucket i */
+} fl_stats;
+
+int fl_snapshot_stats(fl_snapshot *snapshot, fl_stats *stats, fl_error *error);
+uint64_t fl_latency_bound(unsigned bucket);
+
+/* ---- backup ---- */
+
+typedef struct fl_backup fl_backup;
+
+typedef struct fl_backup_options {
+    uint64_t granularity;       /* a multiple of the cluster; 0: the default */
+    uint32_t workers;           /* threads, 1 to 64; 0: the default */
+    uint32_t buffers;           /* chunks mode: buffers of one granularity, at least 2; 0: the default */
+    uint64_t speed;             /* bytes per second; 0: unlimited */
+    int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
+    int target_is_zero;         /* the target reads as zeros: zeros need not be written */
+    int skip_lost;              /* lost and discarded ranges are listed in the result instead of failing the job */
+} fl_backup_options;
+
+typedef struct fl_progress {
+    uint64_t total;             /* bytes to be visited: the disk, or what its bitmap holds */
+    uint64_t done;              /* of these, copied, or found to be zeros, or skipped */
+    uint64_t data_bytes, zero_bytes, lost_bytes;  /* done, by kind */
+    uint64_t elapsed_ns;
+    uint64_t retries;           /* reads repeated */
+    int finished;               /* no worker runs any more */
+} fl_progress;
+
+typedef struct fl_chunk {
+    uint64_t offset, length;
+    int kind;                   /* FL_DATA or FL_ZERO */
+    void *buffer;               /* FL_DATA: `length` bytes, until the chunk is acknowledged; else NULL */
+    uint64_t id;
+} fl_chunk;
+
+/* Copy to `target`, whose size is at least the snapshot's, in any order; or, where target is NULL, hand out chunks in the order of their
+   offsets. The job runs in threads of its own, keeps snapshot and target alive, and discards in whole chunks. */
+int fl_backup_start(fl_snapshot *snapshot, fl_image *target, const fl_backup_options *options, fl_backup **job, fl_error *error);
+/* 0 when the job is done and succeeded; -ETIMEDOUT when it still runs; else the first failure (-FL_ECANCELLED after a cancel). */
+int fl_backup_wait(fl_backup *job, uint64_t timeout, fl_error *error);
+int fl_backup_progress(fl_backup *job, fl_progress *progress, fl_error *error);
+int fl_backup_set_speed(fl_backup *job, uint64_t speed, fl_error *error);
+/* Ranges that were lost, merged and in order, as fl_image_extents from `index` on; found is 0 at the end. */
+int fl_backup_lost(fl_backup *job, size_t index, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+/* The next chunk in order: 0, -ETIMEDOUT, -FL_EEND after the last, or the first failure. */
+int fl_backup_next(fl_backup *job, uint64_t timeout, fl_chunk *chunk, fl_error *error);
+/* Give a chunk's buffer back; with `discard`, and where the job discards at all, discard its range from the snapshot. Any order. -EINVAL: not
+   handed out. */
+int fl_backup_ack(fl_backup *job, uint64_t id, int discard, fl_error *error);
+/* Ask the job to end. Does not wait. */
+int fl_backup_cancel(fl_backup *job);
+/* Cancel, and wait up to a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
+int fl_backup_close(fl_backup *job, fl_error *error);
+void fl_backup_free(fl_backup *job);
+
+/* CFFI END */
+#endif
