@@ -1,0 +1,139 @@
+/* gate.c: see gate.h.
+ *
+ * A user adds one to the counter of its thread's slot and then looks at `state`; the closer changes `state` and then looks at the counters.
+ * Both in sequentially consistent order, so at least one of them sees the other: a user that the closer does not see sees the closed
+ * gate and steps back.
+ */
+#define _GNU_SOURCE
+#include "gate.h"
+
+enum { GATE_OPEN, GATE_CLOSED, GATE_SHUT };
+
+static atomic_uint next_slot;
+static _Thread_local unsigned my_slot = UINT32_MAX;
+
+static inline atomic_long *my_counter(struct gate *gate)
+{
+    if (UNLIKELY(my_slot == UINT32_MAX))
+        my_slot = atomic_fetch_add_explicit(&next_slot, 1, memory_order_relaxed) & (GATE_SLOTS - 1);
+    return &gate->slot[my_slot].inside;
+}
+
+int gate_init(struct gate *gate)
+{
+    memset(gate, 0, sizeof *gate);
+    gate->generation = fl_generation;
+    int rc = -pthread_mutex_init(&gate->lock, NULL);
+    if (rc == 0 && (rc = cond_init(&gate->changed)) != 0)
+        pthread_mutex_destroy(&gate->lock);
+    return rc;
+}
+
+void gate_destroy(struct gate *gate)
+{
+    pthread_cond_destroy(&gate->changed);
+    pthread_mutex_destroy(&gate->lock);
+}
+
+void gate_leave(struct gate *gate)
+{
+    atomic_fetch_sub(my_counter(gate), 1);
+    if (UNLIKELY(atomic_load(&gate->state) != GATE_OPEN)) {
+        pthread_mutex_lock(&gate->lock);        /* pairs with the closer's look at the counters under the lock */
+        pthread_cond_broadcast(&gate->changed);
+        pthread_mutex_unlock(&gate->lock);
+    }
+}
+
+int gate_enter(struct gate *gate)
+{
+    if (UNLIKELY(gate->generation != fl_generation))
+        return -FL_EFORKED;
+    for (;;) {
+        atomic_fetch_add(my_counter(gate), 1);
+        if (LIKELY(atomic_load(&gate->state) == GATE_OPEN))
+            return 0;
+        gate_leave(gate);
+        pthread_mutex_lock(&gate->lock);
+        while (atomic_load(&gate->state) == GATE_CLOSED)
+            pthread_cond_wait(&gate->changed, &gate->lock);
+        bool shut = atomic_load(&gate->state) == GATE_SHUT;
+        pthread_mutex_unlock(&gate->lock);
+        if (shut)
+            return -FL_ECLOSED;
+    }
+}
+
+int gate_pass(struct gate *gate, const char *what, fl_error *error)
+{
+    int rc = gate_enter(gate);
+    if (rc == -FL_ECLOSED)
+        fail(error, FL_ECLOSED, FL_SIDE_NONE, 0, 0, "the %s is closed", what);
+    else if (rc)
+        fail(error, -rc, FL_SIDE_NONE, 0, 0, "the %s belongs to the parent process: it can't be used after fork()", what);
+    return rc;
+}
+
+static bool empty(struct gate *gate)
+{
+    for (int i = 0; i < GATE_SLOTS; i++)
+        if (atomic_load(&gate->slot[i].inside))
+            return false;
+    return true;
+}
+
+int gate_close(struct gate *gate, bool interruptible)
+{
+    if (gate->generation != fl_generation)
+        return -FL_EFORKED;
+    int rc = 0;
+    pthread_mutex_lock(&gate->lock);
+    while (atomic_load(&gate->state) == GATE_CLOSED)        /* another cut */
+        pthread_cond_wait(&gate->changed, &gate->lock);
+    if (atomic_load(&gate->state) == GATE_SHUT) {
+        rc = -FL_ECLOSED;
+        goto out;
+    }
+    atomic_store(&gate->state, GATE_CLOSED);
+    while (!empty(gate)) {
+        cond_wait_until(&gate->changed, &gate->lock, slice_end(UINT64_MAX));
+        pthread_mutex_unlock(&gate->lock);
+        bool stop = interruptible && interrupted();
+        pthread_mutex_lock(&gate->lock);
+        if (stop) {
+            atomic_store(&gate->state, GATE_OPEN);
+            pthread_cond_broadcast(&gate->changed);
+            rc = -FL_EINTERRUPTED;
+            goto out;
+        }
+    }
+out:
+    pthread_mutex_unlock(&gate->lock);
+    return rc;
+}
+
+void gate_open(struct gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    atomic_store(&gate->state, GATE_OPEN);
+    pthread_cond_broadcast(&gate->changed);
+    pthread_mutex_unlock(&gate->lock);
+}
+
+bool gate_shut(struct gate *gate) { return gate_shut_until(gate, UINT64_MAX / 2); }
+
+bool gate_shut_until(struct gate *gate, uint64_t deadline)
+{
+    if (gate->generation != fl_generation)
+        return false;
+    pthread_mutex_lock(&gate->lock);
+    while (atomic_load(&gate->state) == GATE_CLOSED)
+        pthread_cond_wait(&gate->changed, &gate->lock);
+    bool first = atomic_load(&gate->state) != GATE_SHUT;
+    atomic_store(&gate->state, GATE_SHUT);
+    pthread_cond_broadcast(&gate->changed);
+    while (!empty(gate) && cond_wait_until(&gate->changed, &gate->lock, deadline))
+        ;
+    pthread_mutex_unlock(&gate->lock);
+    return first;
+}
