@@ -1,0 +1,90 @@
+/* store_internal.h: the store's insides, shared by store.c (the stage) and store_spill.c (the fleecing image and its thread). */
+#ifndef FL_STORE_INTERNAL_H
+#define FL_STORE_INTERNAL_H
+
+#include "bitmap.h"
+#include "store.h"
+#include "store_map.h"
+
+/*
+ *  slot of the stage:
+ *                 store_take            store_publish           spill_begin             spill_end, nobody reads it
+ *      FREE  ------------------> TAKEN ---------------> STAGED -------------> SPILLING ---------------------------> FREE
+ *        ^   <------------------                          |                      |
+ *        |      store_give_back                           | freed                | freed, or spilled while pinned
+ *        |                                                v                      v
+ *        +----------------- last pin is gone ---------- ORPHAN (only while pinned; else FREE at once)
+ */
+enum slot_state { SLOT_FREE, SLOT_TAKEN, SLOT_STAGED, SLOT_SPILLING, SLOT_ORPHAN };
+
+#define NO_SLOT UINT32_MAX
+
+struct slot {
+    uint64_t cluster;           /* of STAGED and SPILLING */
+    uint32_t next, prev;        /* FREE: next free one; STAGED: neighbours in age */
+    uint32_t pins;              /* readers and the spiller that use the memory right now */
+    enum slot_state state;
+};
+
+struct waiter {
+    struct waiter *next;
+    pthread_cond_t wake;
+    uint32_t need;
+    bool granted;
+};
+
+struct store {
+    /* fixed after creation */
+    uint32_t cluster_size, shift;
+    uint32_t slots_count;
+    uint32_t batch;             /* slots that one spill writes at most */
+    uint32_t spill_above, spill_down_to;
+    char *memory;
+    size_t mapped;
+    fl_image *fleecing;         /* NULL: none */
+    uint64_t file_slots;        /* clusters that fit into the fleecing image, or below the limit */
+
+    atomic_uint references;
+
+    pthread_mutex_t lock;       /* protects all that follows; never held during I/O */
+    pthread_cond_t work;        /* the spiller sleeps here */
+    pthread_cond_t ended;       /* the spiller is gone */
+    bool closed, aborted, spiller_runs, spiller_sleeps;
+
+    struct slot *slots;
+    uint32_t free_head, fresh;  /* the free list, and the slots from `fresh` on, which were never used */
+    uint32_t in_use, reserved;  /* reserved: promised to writers that waited */
+    uint32_t oldest, newest, staged;    /* the STAGED ones, by age */
+    uint32_t spilling;
+    struct map map;
+
+    struct waiter *first_waiter, **last_waiter;
+    bool stalled;               /* a wait timed out and nothing was freed since */
+
+    struct bitmap file_used, file_stale;        /* by file slot; stale: written, free, and not punched yet */
+    uint64_t file_high;         /* no slot from here on was ever used */
+    uint64_t file_cursor, file_in_use;
+    uint64_t stale_since_punch;
+    bool file_full, spilling_down;
+    uint64_t retry_at, retry_delay;     /* after a failed spill; 0: none failed */
+    uint64_t spill_began;       /* when the running spill write began, for store_explain */
+    fl_error spill_error;       /* the last failed spill; code 0: none since the last good one */
+
+    fl_stats stats;
+};
+
+/* store.c, under the lock */
+void slot_free(struct store *store, uint32_t slot);     /* to the free list, and to whoever waits for room */
+void slot_unpin(struct store *store, uint32_t slot);
+void stage_unlink(struct store *store, uint32_t slot);
+static inline void wake_spiller(struct store *store)
+{
+    if (store->spiller_sleeps)
+        pthread_cond_signal(&store->work);
+}
+
+/* store_spill.c */
+int spill_start(struct store *store, fl_error *error);  /* starts the thread, which holds a reference */
+void file_free(struct store *store, uint64_t slot);     /* under the lock */
+
+#endif
