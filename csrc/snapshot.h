@@ -1,0 +1,88 @@
+/* snapshot.h: the state at the cut: which clusters were saved, and how to read them.
+ *
+ * A cluster's bits only ever go forward; (w) writer, (b) whoever discards:
+ *
+ *              (w) claim                  (w) publish in the store, then set
+ *     nothing -----------> claimed ------------------------------------------> saved (+ zero: nothing is stored)
+ *                  ^          |  \
+ *                  +----------+   \------ (w) the save failed, lose-range ----> lost
+ *                   (w) gave up
+ *     any of these ---- (b) ----> released: never saved, never read again
+ */
+#ifndef FL_SNAPSHOT_H
+#define FL_SNAPSHOT_H
+
+#include "bitmap.h"
+#include "store.h"
+
+enum snapshot_state { SNAPSHOT_LIVE, SNAPSHOT_BROKEN, SNAPSHOT_ENDED };
+
+struct fl_snapshot {
+    /* fixed after creation */
+    fl_image *source;
+    uint64_t size, clusters;
+    uint32_t cluster_size, shift;
+    int on_cbw_error;
+    uint64_t cbw_timeout;
+    struct store *store;
+    bool incremental;
+    struct bitmap frozen;       /* of an incremental: what belongs to it, one bit per 2^frozen_shift clusters; set at the cut */
+    unsigned frozen_shift;
+
+    /* disk.c's */
+    fl_disk *disk;              /* that it was cut from: a reference, until close */
+    struct dirty *dirty;        /* where `frozen` came from; under the disk's lock */
+
+    struct bitmap claimed, saved, zero, released, lost;
+
+    atomic_uint references;
+    struct gate gate;           /* of the public calls */
+
+    atomic_int state;           /* enum snapshot_state; only goes up */
+    atomic_bool committed;
+    pthread_mutex_t lock;       /* protects `first`, and the waits for claims */
+    fl_error first;             /* why it broke */
+    atomic_uint claim_waiters;
+    pthread_cond_t claims_changed;      /* a claim ended: saved, lost, given up, or broken */
+
+    /* atomic counters of fl_stats */
+    atomic_uint_least64_t clusters_saved, bytes_copied, zero_clusters, clusters_lost, claim_waits, reads_repeated;
+    atomic_uint_least64_t latency_max;
+    atomic_uint_least64_t latency[FL_LATENCY_BUCKETS];
+};
+
+/* ---- for cbw.c ---- */
+
+static inline bool snapshot_live(fl_snapshot *snapshot) { return atomic_load(&snapshot->state) == SNAPSHOT_LIVE; }
+
+/* Clusters of word `word` that need no saving: saved, released, lost, or not in the bitmap of an incremental. */
+uint64_t snapshot_done_word(const fl_snapshot *snapshot, uint64_t word);
+/* Bytes of cluster's old data: the last one may be short. */
+static inline uint32_t snapshot_cluster_bytes(const fl_snapshot *snapshot, uint64_t cluster)
+{
+    uint64_t rest = snapshot->size - (cluster << snapshot->shift);
+    return (uint32_t)MIN(rest, snapshot->cluster_size);
+}
+/* From now on nothing can be read; the first cause is kept. Visible to every reader when this returns (after a full fence). */
+void snapshot_break(fl_snapshot *snapshot, const fl_error *cause);
+/* Claims ended: wake whoever waits for them. Call it after the bits were changed. */
+void snapshot_claims_changed(fl_snapshot *snapshot);
+void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns);
+
+/* ---- for disk.c ---- */
+
+/* Everything but the cut itself: with one reference, and with one of its own on the source. `bitmap_granularity`: bytes; 0: not an incremental. */
+int snapshot_create(fl_image *source, const fl_snapshot_options *options, uint64_t bitmap_granularity, fl_snapshot **snapshot, fl_error *error);
+
+/* ---- for backup.c ---- */
+
+fl_snapshot *snapshot_ref(fl_snapshot *snapshot);
+void snapshot_unref(fl_snapshot *snapshot);
+/* The offset of a cluster that should be copied and discarded first, because the stage fills up; false: nothing presses. */
+bool snapshot_hot(fl_snapshot *snapshot, uint64_t *offset);
+/* Bytes that belong to it: the disk, or what its dirty bitmap holds. */
+uint64_t snapshot_total(fl_snapshot *snapshot);
+
+#define DEFAULT_CLUSTER_SIZE 4096u
+
+#endif
