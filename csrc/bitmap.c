@@ -106,6 +106,11 @@ uint64_t bitmap_count(const struct bitmap *bitmap)
     uint64_t count = 0, bit = 0;
     while ((bit = bitmap_next_set(bitmap, bit, bitmap->bits)) < bitmap->bits) {
         uint64_t word = bit >> 6;
+        if (bit % PAGE_BITS == 0 && atomic_load_explicit(&bitmap->pages[bit / PAGE_BITS], memory_order_acquire) == PAGE_ONES) {
+            count += MIN(PAGE_BITS, bitmap->bits - bit);
+            bit += PAGE_BITS;
+            continue;
+        }
         count += (unsigned)__builtin_popcountll(bitmap_word(bitmap, word) & word_mask(word, bit, bitmap->bits));
         bit = (bit | 63) + 1;
     }

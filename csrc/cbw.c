@@ -28,7 +28,8 @@
 
 #define PIECE_CLUSTERS 256u             /* of one snapshot, at most; one preadv each */
 #define PIECE_WORDS (PIECE_CLUSTERS / 64 + 1)
-#define PIECE_PLAIN (8u << 20)          /* bytes, without a snapshot: a cut waits for one piece at most */
+#define PIECE_WRITE (8u << 20)          /* bytes, at most */
+#define PIECE_ZERO (64u << 20)          /* for zeros and discards: some images can only write zeros */
 #define LOOK_FOR_HOLES (64u << 10)      /* a run at least as long is worth asking the source for holes */
 
 /* What one piece of a write must save for one snapshot. */
@@ -41,16 +42,18 @@ struct saving {
     uint32_t count;                     /* bits in mine when it was claimed, and slots */
     uint32_t slots[PIECE_CLUSTERS];     /* taken; slots[n] is for the nth bit of mine */
     unsigned char found[PIECE_CLUSTERS];        /* enum found: what was read for it */
-    fl_error cause;                     /* of the last cluster for which nothing was found */
+    fl_error cause;                     /* of the first cluster for which nothing was found; code 0: none */
 };
 
 enum found { FOUND_DATA, FOUND_ZEROS, FOUND_NOTHING };
 
 /* One guest write's way through all its pieces and tries. */
 struct attempt {
+    bool discard;                       /* no reason to wait, or for a policy to act */
     struct store *store;                /* where room was missing, or NULL; a reference */
     uint32_t need, credit;              /* slots wanted there, and reserved there for us */
-    uint64_t waited, deadline;          /* ns waited for room so far in all; when the coming wait ends */
+    uint64_t waited, patience;          /* ns waited for room so far in all; and how long the coming wait may be */
+    bool inside_life;                   /* it keeps close waiting while it is outside the gate `writes` */
     uint64_t began;                     /* when copy-before-write began to cost in this piece; 0: it did not */
     uint64_t added;                     /* ns that it cost in the pieces before */
 };
@@ -95,6 +98,7 @@ static void claim(struct saving *saving)
     fl_snapshot *snapshot = saving->snapshot;
     saving->word = saving->first / 64;
     saving->others = false;
+    saving->cause.code = 0;
     drop_mine(saving);
     for (uint64_t word = saving->word; word * 64 < saving->end; word++) {
         uint64_t pending = word_mask(word, saving->first, saving->end) & ~snapshot_done_word(snapshot, word);
@@ -257,7 +261,8 @@ static void read_run(const struct saving *savings, struct saving *saving, uint64
                 read_run(savings, saving, first + n, 1, number + (uint32_t)n);
         } else {
             saving->found[number] = FOUND_NOTHING;
-            saving->cause = cause;
+            if (!saving->cause.code)
+                saving->cause = cause;
         }
         return;
     }
@@ -293,6 +298,12 @@ static int publish_data(struct saving *saving, uint64_t first, uint64_t count, c
     return fail(&saving->cause, -rc, FL_SIDE_FLEECING, first << snapshot->shift, count << snapshot->shift, "no memory to note where old data is");
 }
 
+/* Were all of them discarded while they were being saved? Then nobody wants them. */
+static bool is_released(const fl_snapshot *snapshot, uint64_t first, uint64_t count)
+{
+    return bitmap_next_clear(&snapshot->released, first, first + count) == first + count;
+}
+
 /* Publish a run of claimed clusters, whose slots are from number `number` on: all of these are dealt with. */
 static int publish_run(struct saving *saving, uint64_t first, uint64_t count, uint32_t number, fl_error *error)
 {
@@ -311,8 +322,10 @@ static int publish_run(struct saving *saving, uint64_t first, uint64_t count, ui
             store_give_back(saving->snapshot->store, slots, (uint32_t)run);
             failed = saving->cause.code;
         }
-        if (failed)
+        if (failed && !is_released(saving->snapshot, first + n, run))
             failed = give_up(saving, first + n, run, &saving->cause, rc ? NULL : error);
+        else
+            failed = 0;
         rc = rc ? rc : failed;
     }
     return rc;
@@ -401,9 +414,9 @@ static int take_room(struct saving *saving, struct attempt *attempt, fl_error *e
     uint32_t none = 0, *credit = attempt->store == snapshot->store ? &attempt->credit : &none;
     if (!saving->count || store_take(snapshot->store, saving->count, credit, saving->slots) == 0)
         return 0;
-    if (attempt->waited >= snapshot->cbw_timeout || store_stalled(snapshot->store))
+    if (!attempt->discard && (attempt->waited >= snapshot->cbw_timeout || store_stalled(snapshot->store)))
         return no_room(saving, attempt->waited, error);
-    attempt->deadline = add_sat(now_ns(), snapshot->cbw_timeout - attempt->waited);
+    attempt->patience = snapshot->cbw_timeout - attempt->waited;
     forget_room(attempt);
     attempt->store = store_ref(snapshot->store);
     attempt->need = saving->count;
@@ -476,12 +489,11 @@ static int apply(fl_disk *disk, enum change change, const void *data, uint64_t o
     return rc;
 }
 
-/* Where the piece that begins at `offset` ends: no snapshot's part may exceed half its stage. */
-static uint64_t piece_end(const fl_disk *disk, enum change change, uint64_t offset, uint64_t end)
+/* Where the piece that begins at `offset` ends: a cut waits for one piece at most, and no snapshot's part may exceed half its stage. */
+static uint64_t piece_end(const fl_disk *disk, enum change change, uint64_t offset, uint64_t end, bool needs_saving)
 {
-    if (!disk->snapshot_count)
-        return change == CHANGE_WRITE ? MIN(end, offset + PIECE_PLAIN) : end;
-    for (unsigned i = 0; i < disk->snapshot_count; i++) {
+    end = MIN(end, offset + (change == CHANGE_WRITE ? PIECE_WRITE : PIECE_ZERO));
+    for (unsigned i = 0; i < disk->snapshot_count && needs_saving; i++) {
         const fl_snapshot *snapshot = disk->snapshots[i];
         uint64_t clusters = MIN(PIECE_CLUSTERS, MAX(1u, store_slots(snapshot->store) / 2));
         end = MIN(end, ((offset >> snapshot->shift) + clusters) << snapshot->shift);
@@ -489,18 +501,16 @@ static uint64_t piece_end(const fl_disk *disk, enum change change, uint64_t offs
     return end;
 }
 
-/* Zeroing or discarding a hole changes nothing: it needs no saving, whatever others do meanwhile (it is as if it came before them). Returns where the
-   hole at `offset` ends, or `offset`; *end is moved to where the data there ends. */
-static uint64_t skip_hole(fl_disk *disk, uint64_t offset, uint64_t *end)
+/* Zeroing or discarding a hole needs no saving, since it changes nothing, whatever others do meanwhile: whoever changes it first saves it. Is there a hole at
+   `offset`? `*end` is moved to where it, or the data there, ends. */
+static bool in_hole(fl_disk *disk, uint64_t offset, uint64_t *end)
 {
-    fl_extent extents[2];
+    fl_extent extent;
     size_t found;
-    if (image_extents(disk->source, offset, *end - offset, extents, 2, &found, NULL) != 0)
-        return offset;
-    if (extents[0].kind == FL_ZERO)
-        return offset + extents[0].length;
-    *end = offset + extents[0].length;
-    return offset;
+    if (image_extents(disk->source, offset, *end - offset, &extent, 1, &found, NULL) != 0)
+        return false;
+    *end = offset + extent.length;
+    return extent.kind == FL_ZERO;
 }
 
 static void count_latency(fl_disk *disk, struct attempt *attempt, bool last_piece)
@@ -514,11 +524,11 @@ static void count_latency(fl_disk *disk, struct attempt *attempt, bool last_piec
             snapshot_count_latency(disk->snapshots[i], attempt->added);
 }
 
-/* Outside the gate. 0: try again, and let the policy decide if there still is no room. */
+/* The gate `writes` is left, so that no cut waits for us; close does. 0: try again, and let the policy decide if there still is no room. */
 static int wait_for_room(struct attempt *attempt, fl_error *error)
 {
     uint64_t began = now_ns();
-    int rc = store_wait(attempt->store, attempt->need, attempt->deadline, &attempt->credit);
+    int rc = store_wait(attempt->store, attempt->need, add_sat(began, attempt->patience), &attempt->credit);
     attempt->waited += now_ns() - began;
     if (rc == -FL_EINTERRUPTED)
         return fail(error, FL_EINTERRUPTED, FL_SIDE_FLEECING, 0, 0, "interrupted while waiting for room for old data");
@@ -529,16 +539,16 @@ static int wait_for_room(struct attempt *attempt, fl_error *error)
 static int change_piece(fl_disk *disk, enum change change, const char *data, uint64_t *offset, uint64_t end, struct attempt *attempt, fl_error *error)
 {
     uint64_t piece = end;
-    if (change != CHANGE_WRITE && disk->snapshot_count) {
-        uint64_t after = skip_hole(disk, *offset, &piece);
-        if (after > *offset) {
-            count_latency(disk, attempt, after == end);
-            *offset = after;
-            return 0;
-        }
+    bool needs_saving = disk->snapshot_count != 0;
+    if (needs_saving && change != CHANGE_WRITE)
+        needs_saving = !in_hole(disk, *offset, &piece);
+    piece = piece_end(disk, change, *offset, piece, needs_saving);
+    int rc = needs_saving ? protect(disk, *offset, piece, attempt, error) : 0;
+    if (rc == -EAGAIN && change == CHANGE_DISCARD) {
+        forget_room(attempt);   /* a discard is a hint: not worth waiting for, and no reason to break a snapshot */
+        *offset = piece;
+        return 0;
     }
-    piece = piece_end(disk, change, *offset, piece);
-    int rc = disk->snapshot_count ? protect(disk, *offset, piece, attempt, error) : 0;
     if (rc)
         return rc;
     count_latency(disk, attempt, piece == end);
@@ -551,7 +561,7 @@ static int change_piece(fl_disk *disk, enum change change, const char *data, uin
 
 int cbw_change(fl_disk *disk, enum change change, const void *data, uint64_t count, uint64_t offset, fl_error *error)
 {
-    struct attempt attempt = { 0 };
+    struct attempt attempt = { .discard = change == CHANGE_DISCARD };
     const uint64_t start = offset, end = offset + count;
     int rc = 0;
     while (offset < end && rc == 0) {
@@ -559,10 +569,17 @@ int cbw_change(fl_disk *disk, enum change change, const void *data, uint64_t cou
         if (rc)
             break;
         rc = change_piece(disk, change, data ? (const char *)data + (offset - start) : NULL, &offset, end, &attempt, error);
+        bool wait = rc == -EAGAIN;
+        if (wait && !attempt.inside_life) {
+            rc = gate_pass(&disk->life, "disk", error);
+            attempt.inside_life = rc == 0;
+        }
         gate_leave(&disk->writes);
-        if (rc == -EAGAIN)
+        if (wait && attempt.inside_life)
             rc = wait_for_room(&attempt, error);
     }
     forget_room(&attempt);
+    if (attempt.inside_life)
+        gate_leave(&disk->life);
     return rc;
 }

@@ -18,12 +18,15 @@ struct dirty {
 
 struct fl_disk {
     /* fixed after creation */
-    fl_image *source;
+    uint64_t size;
+    bool writable;
     uint64_t id;                /* the global order in which a group cut closes gates */
 
     atomic_uint references;
     struct gate life;           /* all public calls but those that change data */
     struct gate writes;         /* those that change data: a cut closes it */
+
+    fl_image *source;           /* until close; used inside the gates only */
 
     pthread_mutex_t lock;       /* taken to change what follows, and then the gate is closed as well; either is enough to read it */
     fl_snapshot *snapshots[MAX_SNAPSHOTS];

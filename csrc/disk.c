@@ -12,6 +12,22 @@
 
 static atomic_uint_least64_t last_id;
 
+static void disk_unref(fl_disk *disk)
+{
+    if (atomic_fetch_sub(&disk->references, 1) != 1)
+        return;
+    while (disk->dirty) {
+        struct dirty *dirty = disk->dirty;
+        disk->dirty = dirty->next;
+        bitmap_destroy(&dirty->bits);
+        free(dirty);
+    }
+    pthread_mutex_destroy(&disk->lock);
+    gate_destroy(&disk->writes);
+    gate_destroy(&disk->life);
+    free(disk);
+}
+
 int fl_disk_open(fl_image *source, fl_disk **out, fl_error *error)
 {
     fl_disk *disk = aligned_alloc(CACHE_LINE, align_up(sizeof *disk, CACHE_LINE));
@@ -24,43 +40,46 @@ int fl_disk_open(fl_image *source, fl_disk **out, fl_error *error)
     }
     atomic_init(&disk->references, 1);
     disk->id = atomic_fetch_add(&last_id, 1) + 1;
-    disk->source = image_ref(source);
-    *out = disk;
-    return 0;
+    int rc = image_take(source, "the source of a disk", error);
+    if (rc) {
+        disk_unref(disk);
+    } else {
+        disk->source = source;
+        disk->size = source->size;
+        disk->writable = source->writable;
+        *out = disk;
+    }
+    return rc;
 }
 
-static void disk_unref(fl_disk *disk)
+static void end_snapshots(fl_disk *disk)
 {
-    if (atomic_fetch_sub(&disk->references, 1) != 1)
-        return;
-    while (disk->dirty) {
-        struct dirty *dirty = disk->dirty;
-        disk->dirty = dirty->next;
-        bitmap_destroy(&dirty->bits);
-        free(dirty);
+    for (;;) {
+        pthread_mutex_lock(&disk->lock);
+        fl_snapshot *snapshot = disk->snapshot_count ? snapshot_ref(disk->snapshots[0]) : NULL;
+        pthread_mutex_unlock(&disk->lock);
+        if (!snapshot)
+            return;
+        fl_snapshot_close(snapshot, NULL);
+        snapshot_unref(snapshot);
     }
-    image_unref(disk->source);
-    pthread_mutex_destroy(&disk->lock);
-    gate_destroy(&disk->writes);
-    gate_destroy(&disk->life);
-    free(disk);
 }
 
 int fl_disk_close(fl_disk *disk, fl_error *error)
 {
     if (disk->life.generation != fl_generation)
         return gate_pass(&disk->life, "disk", error);
+    bool first = gate_shut_until(&disk->life, 0);
+    end_snapshots(disk);        /* writers that wait for room go on without */
     gate_shut(&disk->life);
+    end_snapshots(disk);        /* a cut that was under way */
     gate_shut(&disk->writes);
-    for (;;) {
-        pthread_mutex_lock(&disk->lock);
-        fl_snapshot *snapshot = disk->snapshot_count ? snapshot_ref(disk->snapshots[0]) : NULL;
-        pthread_mutex_unlock(&disk->lock);
-        if (!snapshot)
-            return 0;
-        fl_snapshot_close(snapshot, NULL);
-        snapshot_unref(snapshot);
+    if (first) {                /* not later, when it is freed: the image may have to be closed now, and unlocked */
+        image_untake(disk->source);
+        image_unref(disk->source);
+        disk->source = NULL;
     }
+    return 0;
 }
 
 void fl_disk_free(fl_disk *disk)
@@ -71,7 +90,7 @@ void fl_disk_free(fl_disk *disk)
     disk_unref(disk);
 }
 
-uint64_t fl_disk_size(fl_disk *disk) { return disk->source->size; }
+uint64_t fl_disk_size(fl_disk *disk) { return disk->size; }
 
 /* ---- the guest's reads and writes ---- */
 
@@ -102,12 +121,18 @@ int fl_disk_flush(fl_disk *disk, fl_error *error)
 /* Refused before anything is saved for it. */
 static int change(fl_disk *disk, enum change change, const void *data, uint64_t count, uint64_t offset, fl_error *error)
 {
-    if (!in_range(count, offset, disk->source->size))
-        return fail(error, FL_ERANGE, FL_SIDE_SOURCE, offset, count, "%llu bytes at %llu are beyond the end of a disk of %llu bytes",
-                    (unsigned long long)count, (unsigned long long)offset, (unsigned long long)disk->source->size);
-    if (!disk->source->writable)
-        return fail(error, EROFS, FL_SIDE_SOURCE, offset, count, "%.300s: the source is not open for writing", disk->source->name);
-    return cbw_change(disk, change, data, count, offset, error);
+    if (LIKELY(count && in_range(count, offset, disk->size) && disk->writable))
+        return cbw_change(disk, change, data, count, offset, error);
+    int rc = gate_pass(&disk->life, "disk", error);     /* closed, or the parent's: that comes first */
+    if (rc)
+        return rc;
+    if (!in_range(count, offset, disk->size))
+        rc = fail(error, FL_ERANGE, FL_SIDE_SOURCE, offset, count, "%llu bytes at %llu are beyond the end of a disk of %llu bytes",
+                  (unsigned long long)count, (unsigned long long)offset, (unsigned long long)disk->size);
+    else if (!disk->writable)
+        rc = fail(error, EROFS, FL_SIDE_SOURCE, offset, count, "%.300s: the source is not open for writing", disk->source->name);
+    gate_leave(&disk->life);
+    return rc;
 }
 
 int fl_disk_pwrite(fl_disk *disk, const void *buffer, size_t count, uint64_t offset, fl_error *error)
@@ -123,6 +148,38 @@ int fl_disk_zero(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error
 int fl_disk_discard(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error)
 {
     return change(disk, CHANGE_DISCARD, NULL, count, offset, error);
+}
+
+/* ---- closing the gate for a moment ---- */
+
+/* A write that hangs in the source must not hold up others, of other disks perhaps, behind a closed gate: it is closed for short moments, and for longer
+   ones only when all of the short ones were too short for what is running. */
+#define SHORT_NS 100000000u
+#define SHORT_TRIES 20u
+#define LONG_TRIES 3u           /* 1, 2 and 4 s */
+
+static uint64_t try_until(unsigned try)
+{
+    return now_ns() + (try < SHORT_TRIES ? SHORT_NS : UINT64_C(1000000000) << (try - SHORT_TRIES));
+}
+
+static int too_slow(const fl_disk *disk, fl_error *error)
+{
+    return fail(error, ETIMEDOUT, FL_SIDE_SOURCE, 0, 0, "a write to %.250s has been running for seconds: no instant between writes was found",
+                disk->source->name);
+}
+
+/* Under the lock. */
+static int close_writes(fl_disk *disk, fl_error *error)
+{
+    int rc = -ETIMEDOUT;
+    for (unsigned try = 0; rc == -ETIMEDOUT && try < SHORT_TRIES; try++)
+        rc = gate_close(&disk->writes, try_until(try));
+    if (rc == -ETIMEDOUT)
+        return too_slow(disk, error);
+    if (rc)
+        fail(error, -rc, FL_SIDE_NONE, 0, 0, "the disk is closed");
+    return rc;
 }
 
 /* ---- dirty bitmaps ---- */
@@ -162,18 +219,16 @@ int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl
         goto out;
     }
     dirty = calloc(1, sizeof *dirty);
-    if (!dirty || bitmap_init(&dirty->bits, div_up(disk->source->size, granularity))) {
+    if (!dirty || bitmap_init(&dirty->bits, div_up(disk->size, granularity))) {
         rc = fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a dirty bitmap");
         goto out;
     }
     strcpy(dirty->name, name);
     dirty->granularity = granularity;
     dirty->shift = (unsigned)__builtin_ctzll(granularity);
-    rc = gate_close(&disk->writes, true);
-    if (rc) {
-        fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot add a dirty bitmap: %s", fl_strerror(rc));
+    rc = close_writes(disk, error);
+    if (rc)
         goto out;
-    }
     dirty->next = disk->dirty;
     disk->dirty = dirty;
     gate_open(&disk->writes);
@@ -198,9 +253,7 @@ int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error)
         rc = no_bitmap(name, error);
     } else if (dirty->frozen_by) {
         rc = fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "a snapshot uses the dirty bitmap '%.200s'", name);
-    } else if ((rc = gate_close(&disk->writes, true)) != 0) {
-        fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot remove a dirty bitmap: %s", fl_strerror(rc));
-    } else {
+    } else if ((rc = close_writes(disk, error)) == 0) {
         *link = dirty->next;
         gate_open(&disk->writes);
         bitmap_destroy(&dirty->bits);
@@ -214,7 +267,7 @@ int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error)
 /* Bytes of the disk that bits [first, end) stand for. */
 static uint64_t dirty_bytes(const fl_disk *disk, const struct dirty *dirty, uint64_t first, uint64_t end)
 {
-    return MIN(end << dirty->shift, disk->source->size) - (first << dirty->shift);
+    return MIN(end << dirty->shift, disk->size) - (first << dirty->shift);
 }
 
 int fl_disk_bitmap_info(fl_disk *disk, const char *name, uint64_t *granularity, uint64_t *bytes, fl_error *error)
@@ -269,9 +322,9 @@ int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uin
         rc = no_bitmap(name, error);
         goto out;
     }
-    if (!in_range(length, offset, disk->source->size)) {
+    if (!in_range(length, offset, disk->size)) {
         rc = fail(error, FL_ERANGE, FL_SIDE_NONE, offset, length, "%llu bytes at %llu are beyond the end of a disk of %llu bytes",
-                  (unsigned long long)length, (unsigned long long)offset, (unsigned long long)disk->source->size);
+                  (unsigned long long)length, (unsigned long long)offset, (unsigned long long)disk->size);
         goto out;
     }
     for (uint64_t end = offset + length; offset < end && count < max; count++) {
@@ -295,7 +348,7 @@ out:
 struct part {
     fl_disk *disk;
     fl_snapshot *snapshot;
-    struct dirty *dirty;        /* to be frozen, or NULL */
+    struct dirty *dirty;        /* to be frozen, or NULL; under the disk's lock */
     struct bitmap fresh;        /* takes its place */
     bool passed, locked, closed;
     const fl_snapshot_options *options;
@@ -308,29 +361,44 @@ static int by_id(const void *a, const void *b)
     return (x->disk->id > y->disk->id) - (x->disk->id < y->disk->id);
 }
 
+/* May it be cut now? Finds the bitmap. Under the lock. */
+static int check_part(struct part *part, fl_error *error)
+{
+    fl_disk *disk = part->disk;
+    if (disk->snapshot_count == MAX_SNAPSHOTS)
+        return fail(error, EMFILE, FL_SIDE_NONE, 0, 0, "%.300s has %d snapshots alive: no more at once", disk->source->name, MAX_SNAPSHOTS);
+    if (!part->options->bitmap)
+        return 0;
+    part->dirty = *find_dirty(disk, part->options->bitmap);
+    if (!part->dirty)
+        return no_bitmap(part->options->bitmap, error);
+    if (part->dirty->frozen_by)
+        return fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "another snapshot uses the dirty bitmap '%.200s'", part->options->bitmap);
+    if (part->fresh.mapped && part->fresh.bits != part->dirty->bits.bits)
+        return fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "the dirty bitmap '%.200s' was replaced meanwhile", part->options->bitmap);
+    return 0;
+}
+
 /* All that takes time or can fail, before any gate is closed. */
 static int prepare(struct part *part, fl_error *error)
 {
-    fl_disk *disk = part->disk;
-    int rc = gate_pass(&disk->life, "disk", error);
+    uint64_t granularity = 0, bits = 0;
+    int rc = gate_pass(&part->disk->life, "disk", error);
     if (rc)
         return rc;
     part->passed = true;
-    pthread_mutex_lock(&disk->lock);
-    part->locked = true;
-    if (disk->snapshot_count == MAX_SNAPSHOTS)
-        return fail(error, EMFILE, FL_SIDE_NONE, 0, 0, "%.300s has %d snapshots alive: no more at once", disk->source->name, MAX_SNAPSHOTS);
-    if (part->options->bitmap) {
-        part->dirty = *find_dirty(disk, part->options->bitmap);
-        if (!part->dirty)
-            return no_bitmap(part->options->bitmap, error);
-        if (part->dirty->frozen_by)
-            return fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "another snapshot uses the dirty bitmap '%.200s'", part->options->bitmap);
-        rc = bitmap_init(&part->fresh, part->dirty->bits.bits);
-        if (rc)
-            return fail(error, -rc, FL_SIDE_NONE, 0, 0, "no memory for a dirty bitmap");
+    pthread_mutex_lock(&part->disk->lock);
+    rc = check_part(part, error);
+    if (rc == 0 && part->dirty) {
+        granularity = part->dirty->granularity;
+        bits = part->dirty->bits.bits;
     }
-    return snapshot_create(disk->source, part->options, part->dirty ? part->dirty->granularity : 0, &part->snapshot, error);
+    pthread_mutex_unlock(&part->disk->lock);
+    if (rc)
+        return rc;
+    if (granularity && bitmap_init(&part->fresh, bits))
+        return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a dirty bitmap");
+    return snapshot_create(part->disk->source, part->options, granularity, &part->snapshot, error);
 }
 
 /* With the gates of all parts closed: cannot fail. */
@@ -350,8 +418,38 @@ static void install(struct part *part)
     }
 }
 
+/* One try: close all gates, by `deadline`, and install. -ETIMEDOUT: a write was running all the time. */
+static int cut(struct part *parts, size_t count, uint64_t deadline, fl_error *error)
+{
+    int rc = 0;
+    for (size_t i = 0; i < count && rc == 0; i++) {
+        pthread_mutex_lock(&parts[i].disk->lock);
+        parts[i].locked = true;
+        rc = check_part(&parts[i], error);
+    }
+    for (size_t i = 0; i < count && rc == 0; i++) {
+        rc = gate_close(&parts[i].disk->writes, deadline);
+        parts[i].closed = rc == 0;
+        if (rc == -ETIMEDOUT)
+            too_slow(parts[i].disk, error);
+        else if (rc)
+            fail(error, -rc, FL_SIDE_NONE, 0, 0, "the disk is closed");
+    }
+    for (size_t i = 0; i < count && rc == 0; i++)       /* the instant: no write is running on any of the disks */
+        install(&parts[i]);
+    for (size_t i = 0; i < count; i++) {
+        if (parts[i].closed)
+            gate_open(&parts[i].disk->writes);
+        if (parts[i].locked)
+            pthread_mutex_unlock(&parts[i].disk->lock);
+        parts[i].closed = parts[i].locked = false;
+    }
+    return rc;
+}
+
 int fl_snapshot_cut(fl_disk *const *disks, const fl_snapshot_options *options, size_t count, fl_snapshot **snapshots, fl_error *error)
 {
+    fl_error story;             /* of the last try */
     int rc = 0;
     struct part *parts = calloc(count ? count : 1, sizeof *parts);
     if (!parts)
@@ -361,24 +459,20 @@ int fl_snapshot_cut(fl_disk *const *disks, const fl_snapshot_options *options, s
     qsort(parts, count, sizeof *parts, by_id);
     for (size_t i = 0; i + 1 < count && rc == 0; i++)
         if (parts[i].disk == parts[i + 1].disk)
-            rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "a disk is in the group twice");
+            rc = fail(&story, EINVAL, FL_SIDE_NONE, 0, 0, "a disk is in the group twice");
     for (size_t i = 0; i < count && rc == 0; i++)
-        rc = prepare(&parts[i], error);
-    for (size_t i = 0; i < count && rc == 0; i++) {
-        rc = gate_close(&parts[i].disk->writes, true);
-        parts[i].closed = rc == 0;
-        if (rc)
-            fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot cut %.300s: %s", parts[i].disk->source->name, fl_strerror(rc));
+        rc = prepare(&parts[i], &story);
+    bool again = rc == 0;
+    for (unsigned try = 0; again; try++) {
+        rc = cut(parts, count, try_until(try), &story);
+        again = rc == -ETIMEDOUT && try + 1 < SHORT_TRIES + LONG_TRIES;
+        if (again && interrupted()) {   /* with all gates open, and no lock held */
+            rc = fail(&story, FL_EINTERRUPTED, FL_SIDE_NONE, 0, 0, "interrupted while waiting for an instant without a running write");
+            again = false;
+        }
     }
-    for (size_t i = 0; i < count && rc == 0; i++)       /* the instant: no write is running on any of the disks */
-        install(&parts[i]);
-    for (size_t i = 0; i < count; i++)
-        if (parts[i].closed)
-            gate_open(&parts[i].disk->writes);
     for (size_t i = 0; i < count; i++) {
         struct part *part = &parts[i];
-        if (part->locked)
-            pthread_mutex_unlock(&part->disk->lock);
         if (part->passed)
             gate_leave(&part->disk->life);
         if (rc == 0)
@@ -389,6 +483,8 @@ int fl_snapshot_cut(fl_disk *const *disks, const fl_snapshot_options *options, s
         }
         bitmap_destroy(&part->fresh);
     }
+    if (rc && error)
+        *error = story;
     free(parts);
     return rc;
 }
@@ -400,8 +496,10 @@ static void detach(fl_snapshot *snapshot)
 {
     fl_disk *disk = snapshot->disk;
     pthread_mutex_lock(&disk->lock);
-    bool open = gate_close(&disk->writes, false) == 0;
-    if (!open)
+    int rc;
+    while ((rc = gate_close(&disk->writes, try_until(0))) == -ETIMEDOUT)
+        ;                       /* any instant without a writer will do: those that come in meanwhile see that it ended */
+    if (rc)
         gate_shut(&disk->writes);       /* the disk is being closed: just wait for the writers inside */
     for (unsigned i = 0; i < disk->snapshot_count; i++)
         if (disk->snapshots[i] == snapshot) {
@@ -409,7 +507,7 @@ static void detach(fl_snapshot *snapshot)
             memmove(&disk->snapshots[i], &disk->snapshots[i + 1], (disk->snapshot_count - i) * sizeof *disk->snapshots);
             break;
         }
-    if (open)
+    if (rc == 0)
         gate_open(&disk->writes);
     if (snapshot->dirty) {
         /* Bits are only added: writers may mark meanwhile. Nothing dirty is ever forgotten unless the backup says that it has it. */
@@ -446,6 +544,8 @@ int fl_snapshot_close(fl_snapshot *snapshot, fl_error *error)
     pthread_mutex_unlock(&snapshot->lock);
     detach(snapshot);
     store_close(snapshot->store);
+    if (gate_is_empty(&snapshot->gate))
+        snapshot_let_go(snapshot);      /* else the last reference does it */
     return 0;
 }
 

@@ -212,7 +212,7 @@ typedef struct fl_stats {
     uint64_t claim_waits;       /* guest writes that waited for another one that was saving the same cluster */
     uint64_t reads_repeated;    /* source reads whose range was saved meanwhile, read again from the store */
     uint64_t latency_count, latency_max;        /* ns added to guest writes by copy-before-write */
-    uint64_t latency[FL_LATENCY_BUCKETS];       /* counts; fl_latency_bound(i) is the upper bound of bucket i */
+    uint64_t latency[FL_LATENCY_BUCKETS];       /* counts; fl_latency_bound(i) is the upper bound of bucket i; the last one has none */
 } fl_stats;
 
 int fl_snapshot_stats(fl_snapshot *snapshot, fl_stats *stats, fl_error *error);

@@ -74,7 +74,7 @@ int gate_pass(struct gate *gate, const char *what, fl_error *error)
     return rc;
 }
 
-static bool empty(struct gate *gate)
+bool gate_is_empty(struct gate *gate)
 {
     for (int i = 0; i < GATE_SLOTS; i++)
         if (atomic_load(&gate->slot[i].inside))
@@ -82,7 +82,7 @@ static bool empty(struct gate *gate)
     return true;
 }
 
-int gate_close(struct gate *gate, bool interruptible)
+int gate_close(struct gate *gate, uint64_t deadline)
 {
     if (gate->generation != fl_generation)
         return -FL_EFORKED;
@@ -95,18 +95,13 @@ int gate_close(struct gate *gate, bool interruptible)
         goto out;
     }
     atomic_store(&gate->state, GATE_CLOSED);
-    while (!empty(gate)) {
-        cond_wait_until(&gate->changed, &gate->lock, slice_end(UINT64_MAX));
-        pthread_mutex_unlock(&gate->lock);
-        bool stop = interruptible && interrupted();
-        pthread_mutex_lock(&gate->lock);
-        if (stop) {
+    while (!gate_is_empty(gate))
+        if (!cond_wait_until(&gate->changed, &gate->lock, deadline) && !gate_is_empty(gate)) {
             atomic_store(&gate->state, GATE_OPEN);
             pthread_cond_broadcast(&gate->changed);
-            rc = -FL_EINTERRUPTED;
+            rc = -ETIMEDOUT;
             goto out;
         }
-    }
 out:
     pthread_mutex_unlock(&gate->lock);
     return rc;
@@ -132,7 +127,7 @@ bool gate_shut_until(struct gate *gate, uint64_t deadline)
     bool first = atomic_load(&gate->state) != GATE_SHUT;
     atomic_store(&gate->state, GATE_SHUT);
     pthread_cond_broadcast(&gate->changed);
-    while (!empty(gate) && cond_wait_until(&gate->changed, &gate->lock, deadline))
+    while (!gate_is_empty(gate) && cond_wait_until(&gate->changed, &gate->lock, deadline))
         ;
     pthread_mutex_unlock(&gate->lock);
     return first;

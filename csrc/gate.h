@@ -26,9 +26,8 @@ int gate_enter(struct gate *gate);
 int gate_pass(struct gate *gate, const char *what, fl_error *error);   /* the same, and says in `error` that `what` is closed, or the parent's */
 void gate_leave(struct gate *gate);             /* by the thread that entered */
 
-/* Keep new users out and wait until all are out. 0, -FL_ECLOSED, -FL_EFORKED, or, where it may be interrupted, -FL_EINTERRUPTED (then it is open
-   again). */
-int gate_close(struct gate *gate, bool interruptible);
+/* Keep new users out and wait until all are out. 0, -FL_ECLOSED, -FL_EFORKED, or -ETIMEDOUT at `deadline`: then it is open again. */
+int gate_close(struct gate *gate, uint64_t deadline);
 void gate_open(struct gate *gate);
 
 /* Shut it for good and wait until all are out. true for the first that calls; the others wait too. In a forked child: false at once. */
@@ -36,8 +35,6 @@ bool gate_shut(struct gate *gate);
 
 /* The same, but waits no longer than until `deadline`: users may still be inside when it returns. */
 bool gate_shut_until(struct gate *gate, uint64_t deadline);
-
-/* Has gate_shut been called? For waits inside the gate, which end then. */
-static inline bool gate_is_shut(struct gate *gate) { return atomic_load_explicit(&gate->state, memory_order_relaxed) == 2; }
+bool gate_is_empty(struct gate *gate);          /* once it was shut: then nobody will ever be inside again */
 
 #endif

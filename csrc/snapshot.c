@@ -18,6 +18,8 @@ enum cluster_state { UNSAVED, SAVED, SAVED_ZERO, RELEASED, LOST, OUTSIDE };
 static uint64_t next_inside(const fl_snapshot *snapshot, uint64_t from, uint64_t end, bool wanted)
 {
     unsigned shift = snapshot->frozen_shift;
+    if (from >= end)
+        return end;
     uint64_t last = (end - 1) >> shift, bit = from >> shift;
     uint64_t found = wanted ? bitmap_next_set(&snapshot->frozen, bit, last + 1) : bitmap_next_clear(&snapshot->frozen, bit, last + 1);
     return found > last ? end : MAX(from, found << shift);
@@ -80,14 +82,17 @@ uint64_t snapshot_done_word(const fl_snapshot *snapshot, uint64_t word)
 
 void snapshot_break(fl_snapshot *snapshot, const fl_error *cause)
 {
-    int live = SNAPSHOT_LIVE;
     pthread_mutex_lock(&snapshot->lock);
-    if (atomic_load(&snapshot->state) == SNAPSHOT_LIVE)
+    bool first = atomic_load(&snapshot->state) == SNAPSHOT_LIVE;
+    if (first) {
         snapshot->first = *cause;
-    atomic_compare_exchange_strong(&snapshot->state, &live, SNAPSHOT_BROKEN);
+        atomic_store(&snapshot->state, SNAPSHOT_BROKEN);
+    }
     pthread_mutex_unlock(&snapshot->lock);
-    store_abort(snapshot->store);
-    snapshot_claims_changed(snapshot);
+    if (first) {
+        snapshot_claims_changed(snapshot);
+        store_abort(snapshot->store);
+    }
 }
 
 static int check(fl_snapshot *snapshot, fl_error *error)
@@ -173,7 +178,7 @@ static int read_run(fl_snapshot *snapshot, enum cluster_state state, char *buffe
     int rc = 0;
     if (state == UNSAVED) {
         rc = image_read(snapshot->source, buffer, length, offset, error);
-        if (rc && error)
+        if (rc)
             error->side = FL_SIDE_SOURCE;
     } else if (state == SAVED) {
         rc = store_read(snapshot->store, buffer, length, offset, error);
@@ -193,24 +198,29 @@ static int read_run(fl_snapshot *snapshot, enum cluster_state state, char *buffe
 int fl_snapshot_pread(fl_snapshot *snapshot, void *buffer, size_t count, uint64_t offset, fl_error *error)
 {
     char *to = buffer;
+    fl_error story;             /* a read that is repeated may leave one, too */
     int rc = gate_pass(&snapshot->gate, "snapshot", error);
     if (rc)
         return rc;
-    rc = check_range(snapshot, count, offset, error);
+    snapshot_ref(snapshot);     /* close waits for us only so long */
+    rc = check_range(snapshot, count, offset, &story);
     while (count && rc == 0) {
         uint64_t cluster = offset >> snapshot->shift, end = ((offset + count - 1) >> snapshot->shift) + 1;
         enum cluster_state state = look(snapshot, cluster, &end);
         if (state == RELEASED || state == LOST || state == OUTSIDE) {
-            rc = refuse(snapshot, state, cluster, end, error);
+            rc = refuse(snapshot, state, cluster, end, &story);
             break;
         }
         uint64_t good = 0, length = MIN(count, (end << snapshot->shift) - offset);
-        rc = read_run(snapshot, state, to, length, offset, &good, error);
+        rc = read_run(snapshot, state, to, length, offset, &good, &story);
         to += good;
         offset += good;
         count -= good;
     }
+    if (rc && error)
+        *error = story;
     gate_leave(&snapshot->gate);
+    snapshot_unref(snapshot);
     return rc;
 }
 
@@ -233,6 +243,7 @@ static bool append(struct list *list, uint64_t offset, uint64_t length, int kind
 }
 
 #define SOURCE_EXTENTS 64
+#define LOOK_AHEAD (UINT64_C(1) << 20)      /* clusters: a look scans all bitmaps up to the end of the shortest run, so it should not look far */
 
 /* What the source says of clusters that were not saved a moment ago; `*covered` bytes of it are certain. */
 static int source_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length, struct list *list, uint64_t *covered, fl_error *error)
@@ -242,8 +253,7 @@ static int source_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t lengt
     uint64_t good = 0;
     int rc = image_extents(snapshot->source, offset, length, extents, SOURCE_EXTENTS, &found, error);
     if (rc) {
-        if (error)
-            error->side = FL_SIDE_SOURCE;
+        error->side = FL_SIDE_SOURCE;
         return rc;
     }
     uint64_t end = extents[found - 1].offset + extents[found - 1].length;
@@ -268,17 +278,20 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
 {
     struct list list = { extents, max, 0 };
     uint64_t end_offset = offset + length;
+    fl_error story;
     int rc = gate_pass(&snapshot->gate, "snapshot", error);
     if (rc)
         return rc;
-    rc = check_range(snapshot, length, offset, error);
+    snapshot_ref(snapshot);
+    rc = check_range(snapshot, length, offset, &story);
     while (rc == 0 && offset < end_offset) {
         uint64_t cluster = offset >> snapshot->shift, end = ((end_offset - 1) >> snapshot->shift) + 1;
+        end = MIN(end, cluster + LOOK_AHEAD);
         enum cluster_state state = look(snapshot, cluster, &end);
         uint64_t part = MIN(end_offset, end << snapshot->shift) - offset;
         if (state == UNSAVED) {
             size_t before = list.count;
-            rc = source_extents(snapshot, offset, part, &list, &part, error);
+            rc = source_extents(snapshot, offset, part, &list, &part, &story);
             if (part == 0 && before == max)
                 break;
         } else if (!append(&list, offset, part, kind_of[state])) {
@@ -286,9 +299,12 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
         }
         offset += part;
     }
-    gate_leave(&snapshot->gate);
     if (rc == 0)
         *found = list.count;
+    else if (error)
+        *error = story;
+    gate_leave(&snapshot->gate);
+    snapshot_unref(snapshot);
     return rc;
 }
 
@@ -337,10 +353,13 @@ int fl_snapshot_check(fl_snapshot *snapshot, fl_error *error)
 bool snapshot_hot(fl_snapshot *snapshot, uint64_t *offset)
 {
     uint64_t cluster;
-    if (!store_oldest(snapshot->store, &cluster))
+    if (gate_enter(&snapshot->gate))
         return false;
-    *offset = cluster << snapshot->shift;
-    return true;
+    bool hot = store_oldest(snapshot->store, &cluster);
+    gate_leave(&snapshot->gate);
+    if (hot)
+        *offset = cluster << snapshot->shift;
+    return hot;
 }
 
 uint64_t snapshot_total(fl_snapshot *snapshot)
@@ -372,6 +391,8 @@ void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns)
 
 uint64_t fl_latency_bound(unsigned bucket)
 {
+    if (bucket >= FL_LATENCY_BUCKETS - 1)
+        return UINT64_MAX;
     return bucket < 8 ? bucket : ((UINT64_C(9) + bucket % 8) << (bucket / 8 - 1)) - 1;
 }
 
@@ -408,10 +429,17 @@ static int make_bitmaps(fl_snapshot *snapshot)
     return rc;
 }
 
-static void destroy(fl_snapshot *snapshot)
+void snapshot_let_go(fl_snapshot *snapshot)
 {
     store_unref(snapshot->store);
     image_unref(snapshot->source);
+    snapshot->store = NULL;
+    snapshot->source = NULL;
+}
+
+static void destroy(fl_snapshot *snapshot)
+{
+    snapshot_let_go(snapshot);
     bitmap_destroy(&snapshot->claimed);
     bitmap_destroy(&snapshot->saved);
     bitmap_destroy(&snapshot->zero);

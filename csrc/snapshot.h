@@ -19,12 +19,10 @@ enum snapshot_state { SNAPSHOT_LIVE, SNAPSHOT_BROKEN, SNAPSHOT_ENDED };
 
 struct fl_snapshot {
     /* fixed after creation */
-    fl_image *source;
     uint64_t size, clusters;
     uint32_t cluster_size, shift;
     int on_cbw_error;
     uint64_t cbw_timeout;
-    struct store *store;
     bool incremental;
     struct bitmap frozen;       /* of an incremental: what belongs to it, one bit per 2^frozen_shift clusters; set at the cut */
     unsigned frozen_shift;
@@ -37,6 +35,9 @@ struct fl_snapshot {
 
     atomic_uint references;
     struct gate gate;           /* of the public calls */
+
+    fl_image *source;           /* these two until close; used inside the gates only (this one or the disk's) */
+    struct store *store;
 
     atomic_int state;           /* enum snapshot_state; only goes up */
     atomic_bool committed;
@@ -73,6 +74,9 @@ void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns);
 
 /* Everything but the cut itself: with one reference, and with one of its own on the source. `bitmap_granularity`: bytes; 0: not an incremental. */
 int snapshot_create(fl_image *source, const fl_snapshot_options *options, uint64_t bitmap_granularity, fl_snapshot **snapshot, fl_error *error);
+
+/* Give up store and source. Once nobody is inside the gate any more. */
+void snapshot_let_go(fl_snapshot *snapshot);
 
 /* ---- for backup.c ---- */
 

@@ -12,7 +12,6 @@
 
 #define CLOSE_GRACE_NS 200000000u       /* how long close waits for a spill that makes progress */
 #define BATCH_BYTES (4u << 20)
-#define BATCH_SLOTS 1024u
 
 /* ---- slots, under the lock ---- */
 
@@ -50,7 +49,7 @@ void slot_unpin(struct store *store, uint32_t i)
         slot_free(store, i);
 }
 
-static void slot_drop(struct store *store, uint32_t i)
+void slot_drop(struct store *store, uint32_t i)
 {
     store->slots[i].state = SLOT_ORPHAN;
     if (store->slots[i].pins == 0)
@@ -152,7 +151,7 @@ int store_wait(struct store *store, uint32_t count, uint64_t deadline, uint32_t 
     grant_room(store);
     wake_spiller(store);
     while (!waiter.granted) {
-        if (store->closed || store->aborted)
+        if (store->aborted)
             rc = -FL_ECLOSED;
         else if (store->stalled || now_ns() >= deadline)
             rc = -ETIMEDOUT;
@@ -222,7 +221,7 @@ static void forget(struct store *store, uint64_t place)
 {
     if (place == PLACE_NONE)
         return;
-    uint32_t i = (uint32_t)place_slot(place);
+    uint32_t i = place_slot(place);
     if (place_is_file(place)) {
         file_free(store, place_slot(place));
     } else {
@@ -236,7 +235,7 @@ int store_publish(struct store *store, uint64_t first, const uint32_t *slots, ui
 {
     int rc = 0;
     pthread_mutex_lock(&store->lock);
-    if (store->aborted || store->closed)
+    if (store->aborted)
         rc = -FL_ECLOSED;
     for (uint32_t n = 0; n < count && rc == 0; n++) {
         rc = map_put(&store->map, first + n, place_memory(slots[n]));
@@ -263,26 +262,42 @@ out:
 
 struct piece { uint64_t place; char *buffer; size_t skip, length; };
 
-/* Copy the pieces out; neighbours in the file are read at once. */
+/* Copy out what is in memory, and unpin it: before any read of the file, which may hang while a writer wants the room. */
+static void copy_pieces(struct store *store, const struct piece *pieces, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        if (!place_is_file(pieces[i].place))
+            memcpy(pieces[i].buffer, store_memory(store, place_slot(pieces[i].place)) + pieces[i].skip, pieces[i].length);
+    pthread_mutex_lock(&store->lock);
+    for (unsigned i = 0; i < count; i++)
+        if (!place_is_file(pieces[i].place))
+            slot_unpin(store, place_slot(pieces[i].place));
+    pthread_mutex_unlock(&store->lock);
+}
+
+/* Read what is in the file: whole clusters that are neighbours there at once. */
 static int read_pieces(struct store *store, const struct piece *pieces, unsigned count, fl_error *error)
 {
-    for (unsigned i = 0; i < count;) {
-        const struct piece *piece = &pieces[i++];
-        if (!place_is_file(piece->place)) {
-            memcpy(piece->buffer, store_memory(store, (uint32_t)place_slot(piece->place)) + piece->skip, piece->length);
+    int rc = 0;
+    for (unsigned i = 0, run; i < count && rc == 0; i += run) {
+        uint32_t sums[READ_RUN], first = place_slot(pieces[i].place);
+        run = 1;
+        if (!place_is_file(pieces[i].place))
+            continue;
+        if (pieces[i].length < store->cluster_size) {
+            rc = file_read_part(store, first, place_sum(pieces[i].place), pieces[i].buffer, pieces[i].skip, pieces[i].length, error);
             continue;
         }
-        size_t length = piece->length;
-        while (i < count && pieces[i].place == pieces[i - 1].place + 2)     /* the next slot of the file */
-            length += pieces[i++].length;
-        int rc = image_read(store->fleecing, piece->buffer, length, (place_slot(piece->place) << store->shift) + piece->skip, error);
-        if (rc) {
-            if (error)
-                error->side = FL_SIDE_FLEECING;
-            return rc;
+        sums[0] = place_sum(pieces[i].place);
+        for (; i + run < count; run++) {
+            const struct piece *next = &pieces[i + run];
+            if (!place_is_file(next->place) || place_slot(next->place) != first + run || next->length < store->cluster_size)
+                break;
+            sums[run] = place_sum(next->place);
         }
+        rc = file_read(store, first, sums, run, pieces[i].buffer, error);
     }
-    return 0;
+    return rc;
 }
 
 int store_read(struct store *store, void *buffer, size_t length, uint64_t offset, fl_error *error)
@@ -308,13 +323,9 @@ int store_read(struct store *store, void *buffer, size_t length, uint64_t offset
             length -= part;
         }
         pthread_mutex_unlock(&store->lock);
+        copy_pieces(store, pieces, count);
         int read_rc = read_pieces(store, pieces, count, error);
         rc = read_rc ? read_rc : rc;
-        pthread_mutex_lock(&store->lock);
-        for (unsigned i = 0; i < count; i++)
-            if (!place_is_file(pieces[i].place))
-                slot_unpin(store, (uint32_t)place_slot(pieces[i].place));
-        pthread_mutex_unlock(&store->lock);
     }
     return rc;
 }
@@ -354,7 +365,7 @@ int store_create(const struct store_options *options, struct store **out, fl_err
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for the store of a snapshot");
     store->cluster_size = options->cluster_size;
     store->shift = (uint32_t)__builtin_ctz(options->cluster_size);
-    store->slots_count = (uint32_t)MIN(options->stage_size >> store->shift, NO_SLOT - 1);
+    store->slots_count = (uint32_t)MIN(options->stage_size >> store->shift, PLACE_MOST_SLOTS);
     store->batch = MAX(1u, MIN(MIN(BATCH_SLOTS, BATCH_BYTES >> store->shift), store->slots_count / 4));
     store->spill_above = store->slots_count / 2;
     store->spill_down_to = store->slots_count / 4;
@@ -376,10 +387,13 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     }
     if (options->fleecing) {
         uint64_t bytes = options->fleecing->size;
-        store->fleecing = image_ref(options->fleecing);
+        rc = image_take(options->fleecing, "a fleecing image", error);
+        if (rc)
+            goto out;
+        store->fleecing = options->fleecing;
         if (options->fleecing_limit)
             bytes = MIN(bytes, options->fleecing_limit);
-        store->file_slots = bytes >> store->shift;
+        store->file_slots = MIN(bytes >> store->shift, PLACE_MOST_SLOTS);
         if (!store->file_slots) {
             rc = fail(error, EINVAL, FL_SIDE_FLEECING, 0, 0, "%.200s: %llu bytes of a fleecing image can't hold one cluster of %u bytes",
                       store->fleecing->name, (unsigned long long)bytes, store->cluster_size);
@@ -415,6 +429,8 @@ void store_unref(struct store *store)
     free(store->slots);
     if (store->memory)
         munmap(store->memory, store->mapped);
+    if (store->fleecing)
+        image_untake(store->fleecing);
     image_unref(store->fleecing);
     pthread_cond_destroy(&store->work);
     pthread_cond_destroy(&store->ended);
@@ -433,10 +449,6 @@ void store_abort(struct store *store)
 {
     pthread_mutex_lock(&store->lock);
     store->aborted = true;
-    for (int t = 0; t < MAP_TABLES; t++)
-        for (uint64_t i = 0; i < store->map.tables[t].size; i++)
-            forget(store, store->map.tables[t].entries[i].place);
-    map_destroy(&store->map);
     wake_waiters(store);
     wake_spiller(store);
     pthread_mutex_unlock(&store->lock);

@@ -24,7 +24,7 @@ void store_unref(struct store *store);
 /* Nothing will be saved or wanted any more: writers that wait for room return, the fleecing image is emptied. Waits a moment for a spill that
    runs, never for one that hangs; that one keeps the store until it ends. */
 void store_close(struct store *store);
-/* As far as waiting for room goes, the end: all waits return and no new ones begin. */
+/* Nothing that is here will be read any more: waits for room end, publishing fails, and the space is given back in the background. Does not wait. */
 void store_abort(struct store *store);
 
 uint32_t store_slots(const struct store *store);        /* clusters that fit into the stage */
@@ -36,7 +36,7 @@ int store_take(struct store *store, uint32_t count, uint32_t *credit, uint32_t *
 void store_give_back(struct store *store, const uint32_t *slots, uint32_t count);       /* unpublished ones */
 void store_return_credit(struct store *store, uint32_t *credit);
 /* Wait, first come first served, until `count` slots are reserved for the caller: adds them to `credit`. -ETIMEDOUT at `deadline`, or at once when
-   an earlier wait timed out and nothing was freed since; -FL_ECLOSED after close or abort; -FL_EINTERRUPTED. Call it without any lock, gate or claim. */
+   an earlier wait timed out and nothing was freed since; -FL_ECLOSED after close or abort; -FL_EINTERRUPTED. Call it without any lock or claim. */
 int store_wait(struct store *store, uint32_t count, uint64_t deadline, uint32_t *credit);
 /* Did the last wait time out, and was nothing freed since? */
 bool store_stalled(struct store *store);

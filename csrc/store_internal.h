@@ -18,6 +18,7 @@
 enum slot_state { SLOT_FREE, SLOT_TAKEN, SLOT_STAGED, SLOT_SPILLING, SLOT_ORPHAN };
 
 #define NO_SLOT UINT32_MAX
+#define BATCH_SLOTS 1024u
 
 struct slot {
     uint64_t cluster;           /* of STAGED and SPILLING */
@@ -49,7 +50,9 @@ struct store {
     pthread_mutex_t lock;       /* protects all that follows; never held during I/O */
     pthread_cond_t work;        /* the spiller sleeps here */
     pthread_cond_t ended;       /* the spiller is gone */
-    bool closed, aborted, spiller_runs, spiller_sleeps;
+    bool closed, spiller_runs, spiller_sleeps;
+    bool aborted;               /* set before `closed` */
+    bool dismantled;
 
     struct slot *slots;
     uint32_t free_head, fresh;  /* the free list, and the slots from `fresh` on, which were never used */
@@ -64,7 +67,7 @@ struct store {
     struct bitmap file_used, file_stale;        /* by file slot; stale: written, free, and not punched yet */
     uint64_t file_high;         /* no slot from here on was ever used */
     uint64_t file_cursor, file_in_use;
-    uint64_t stale_since_punch;
+    uint64_t freed_since_punch, punch_cursor;   /* the cursor is not 0 in the middle of a round through the file */
     bool file_full, spilling_down;
     uint64_t retry_at, retry_delay;     /* after a failed spill; 0: none failed */
     uint64_t spill_began;       /* when the running spill write began, for store_explain */
@@ -77,6 +80,7 @@ struct store {
 void slot_free(struct store *store, uint32_t slot);     /* to the free list, and to whoever waits for room */
 void slot_unpin(struct store *store, uint32_t slot);
 void stage_unlink(struct store *store, uint32_t slot);
+void slot_drop(struct store *store, uint32_t slot);     /* nothing points at it any more: free it, now or with its last pin */
 static inline void wake_spiller(struct store *store)
 {
     if (store->spiller_sleeps)
@@ -86,5 +90,8 @@ static inline void wake_spiller(struct store *store)
 /* store_spill.c */
 int spill_start(struct store *store, fl_error *error);  /* starts the thread, which holds a reference */
 void file_free(struct store *store, uint64_t slot);     /* under the lock */
+/* Not under the lock. Slots first, first + 1, … of the file, whose checksums are `sums`, into `buffer`; or a part of one. -EIO: not what was written there. */
+int file_read(struct store *store, uint32_t first, const uint32_t *sums, uint32_t count, char *buffer, fl_error *error);
+int file_read_part(struct store *store, uint32_t slot, uint32_t sum, char *buffer, size_t skip, size_t length, fl_error *error);
 
 #endif

@@ -8,11 +8,14 @@
 
 #include "util/util.h"
 
+/* A place: bit 0: in the file, else in memory; bits 1 to 31: the number of the slot there, plus 1; bits 32 to 63, in the file: the checksum. */
 #define PLACE_NONE 0u
-static inline uint64_t place_memory(uint64_t slot) { return (slot + 1) << 1; }
-static inline uint64_t place_file(uint64_t slot) { return (slot + 1) << 1 | 1; }
+#define PLACE_MOST_SLOTS 0x7ffffffeu
+static inline uint64_t place_memory(uint32_t slot) { return ((uint64_t)slot + 1) << 1; }
+static inline uint64_t place_file(uint32_t slot, uint32_t sum) { return (uint64_t)sum << 32 | ((uint64_t)slot + 1) << 1 | 1; }
 static inline bool place_is_file(uint64_t place) { return place & 1; }
-static inline uint64_t place_slot(uint64_t place) { return (place >> 1) - 1; }
+static inline uint32_t place_slot(uint64_t place) { return ((uint32_t)place >> 1) - 1; }
+static inline uint32_t place_sum(uint64_t place) { return (uint32_t)(place >> 32); }
 
 #define MAP_TABLES 256
 

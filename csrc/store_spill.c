@@ -5,12 +5,18 @@
  * long; once a third of the file's slots is free, those are used again. What is free and was written is punched out in long runs now and then, and
  * wholly when nothing is in use.
  *
+ * A write that succeeded is only in the page cache; if the disk then fails to take it, the kernel may forget it, and later reads get what was there before.
+ * So every cluster has a checksum in the map, and a read of the file returns what was written or fails.
+ *
  * A spill that fails loses nothing: its clusters stay staged, as the oldest, and are tried again (after a growing pause, or when something is freed).
  */
 #define _GNU_SOURCE
 #include "store_internal.h"
 
-#define PUNCH_BYTES (8u << 20)          /* punch when as much has become stale */
+#include <stdlib.h>
+
+#define PUNCH_BYTES (8u << 20)          /* punch when as much has been freed, or an eighth of the file, whatever is more */
+#define PUNCH_SCAN 262144u              /* slots looked at in one hold of the lock */
 #define PUNCH_RUN (64u << 10)           /* shorter stale runs stay for use again */
 #define RETRY_FIRST_NS 20000000u
 #define RETRY_MOST_NS 1000000000u
@@ -25,17 +31,28 @@ static void bits_set(struct bitmap *bitmap, uint64_t first, uint64_t count)
     }
 }
 
+static bool punch_due(const struct store *store)
+{
+    if (!store->fleecing->punches || !store->file_high)
+        return false;
+    return store->file_in_use == 0 || store->punch_cursor ||
+           store->freed_since_punch >= MAX(PUNCH_BYTES >> store->shift, store->file_high / 8);
+}
+
 void file_free(struct store *store, uint64_t slot)
 {
     bitmap_clear(&store->file_used, slot, 1);
     bits_set(&store->file_stale, slot, 1);
     store->file_in_use--;
-    store->stale_since_punch++;
-    if (store->file_full || store->retry_at || store->file_in_use == 0) {
+    store->freed_since_punch++;
+    store->stalled = false;
+    bool space_at_last = store->file_full || (store->retry_at && store->spill_error.cause == ENOSPC);
+    if (space_at_last) {
         store->file_full = false;
         store->retry_at = 0;
-        wake_spiller(store);
     }
+    if (space_at_last || punch_due(store))
+        wake_spiller(store);
 }
 
 /* Take a run of up to `want` free slots: returns its length, 0 when the file is full. */
@@ -64,12 +81,57 @@ static uint32_t file_take(struct store *store, uint32_t want, uint64_t *first)
     return (uint32_t)run;
 }
 
+/* ---- reading it ---- */
+
+/* 32 bits over whole 32-byte blocks; clusters are. Four lanes, so that the multiplications overlap: about as fast as memory. */
+static uint32_t checksum(const void *data, size_t length)
+{
+    const uint64_t factor = UINT64_C(0x9fb21c651e98df25);
+    uint64_t lane[4] = { 1, 2, 3, 4 }, word[4], sum = 0;
+    for (const char *at = data, *end = at + length; at < end; at += sizeof word) {
+        memcpy(word, at, sizeof word);
+        for (int i = 0; i < 4; i++) {
+            lane[i] = (lane[i] ^ word[i]) * factor;
+            lane[i] ^= lane[i] >> 29;
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        sum = (sum ^ lane[i] ^ lane[i] >> 32) * factor;
+    return (uint32_t)(sum >> 32);
+}
+
+int file_read(struct store *store, uint32_t first, const uint32_t *sums, uint32_t count, char *buffer, fl_error *error)
+{
+    uint64_t offset = (uint64_t)first << store->shift;
+    int rc = image_read(store->fleecing, buffer, (size_t)count << store->shift, offset, error);
+    for (uint32_t n = 0; n < count && rc == 0; n++)
+        if (checksum(buffer + ((size_t)n << store->shift), store->cluster_size) != sums[n])
+            rc = fail(error, EIO, FL_SIDE_FLEECING, offset + ((uint64_t)n << store->shift), store->cluster_size, "fleecing image %.200s did not keep what was "
+                      "written to it at %llu: the checksum differs", store->fleecing->name, (unsigned long long)(offset + ((uint64_t)n << store->shift)));
+    if (rc && error)
+        error->side = FL_SIDE_FLEECING;
+    return rc;
+}
+
+int file_read_part(struct store *store, uint32_t slot, uint32_t sum, char *buffer, size_t skip, size_t length, fl_error *error)
+{
+    char *whole = malloc(store->cluster_size);
+    if (!whole)
+        return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory to read a cluster of %u bytes", store->cluster_size);
+    int rc = file_read(store, slot, &sum, 1, whole, error);
+    if (rc == 0)
+        memcpy(buffer, whole + skip, length);
+    free(whole);
+    return rc;
+}
+
 /* ---- spilling ---- */
 
 struct batch {
     uint32_t count;
     uint64_t first;             /* slots first, first + 1, … of the file */
-    uint32_t slots[1024];       /* of the stage, oldest first */
+    uint32_t slots[BATCH_SLOTS];        /* of the stage, oldest first */
+    uint32_t sums[BATCH_SLOTS];
 };
 
 /* Under the lock: choose what to write and where. false: nothing to do, or no space. */
@@ -92,12 +154,13 @@ static bool spill_begin(struct store *store, struct batch *batch)
     return true;
 }
 
-static int spill_write(struct store *store, const struct batch *batch, fl_error *error)
+static int spill_write(struct store *store, struct batch *batch, fl_error *error)
 {
-    struct iovec iov[1024];
+    struct iovec iov[BATCH_SLOTS];
     int entries = 0;
     for (uint32_t n = 0; n < batch->count; n++) {
         char *memory = store_memory(store, batch->slots[n]);
+        batch->sums[n] = checksum(memory, store->cluster_size);
         if (entries && (char *)iov[entries - 1].iov_base + iov[entries - 1].iov_len == memory)
             iov[entries - 1].iov_len += store->cluster_size;
         else
@@ -113,6 +176,7 @@ static int spill_write(struct store *store, const struct batch *batch, fl_error 
    slots come off the free list in ascending order, and what is staged again keeps its order. */
 static void spill_end(struct store *store, const struct batch *batch, int rc)
 {
+    bool stalled = store->stalled;
     store->spilling -= batch->count;
     store->spill_began = 0;
     for (uint32_t n = batch->count; n--;) {
@@ -121,7 +185,7 @@ static void spill_end(struct store *store, const struct batch *batch, int rc)
         bool wanted = slot->state == SLOT_SPILLING;
         slot->pins--;
         if (wanted && rc == 0) {
-            map_put(&store->map, slot->cluster, place_file(batch->first + n));      /* replaces: cannot fail */
+            map_put(&store->map, slot->cluster, place_file((uint32_t)(batch->first + n), batch->sums[n]));      /* replaces: cannot fail */
             store->stats.bytes_spilled += store->cluster_size;
         } else {
             file_free(store, batch->first + n);
@@ -134,11 +198,11 @@ static void spill_end(struct store *store, const struct batch *batch, int rc)
             store->oldest = i;
             store->staged++;
         } else {
-            slot->state = SLOT_ORPHAN;
-            if (slot->pins == 0)
-                slot_free(store, i);
+            slot_drop(store, i);
         }
     }
+    if (rc)
+        store->stalled = stalled;       /* what this batch had taken of the file and gave back is no progress */
 }
 
 static void spill_failed(struct store *store, const fl_error *error)
@@ -169,50 +233,68 @@ static void spill(struct store *store, struct batch *batch)
 
 /* ---- punching ---- */
 
-static bool punch_due(const struct store *store)
-{
-    if (!store->fleecing->punches || !store->file_high)
-        return false;
-    return store->file_in_use == 0 || store->stale_since_punch << store->shift >= PUNCH_BYTES;
-}
-
-/* Under the lock, which is let go of during I/O. Nobody else takes slots of the file, so what is free stays free meanwhile. Failures do not matter: the
-   space is used again instead. */
+/* Punch some of what is stale, from the cursor on, a bounded stretch in one hold of the lock. The lock is let go of during I/O. Nobody else takes slots of
+   the file, so what is free stays free meanwhile. Failures do not matter: the space is used again instead. */
 static void punch(struct store *store)
 {
-    uint64_t least = MAX(1, PUNCH_RUN >> store->shift), from = 0, high = store->file_high;
-    bool all = store->file_in_use == 0;
-    store->stale_since_punch = 0;
-    while (from < high) {
-        uint64_t end = high;
-        if (!all) {
-            from = bitmap_next_set(&store->file_stale, from, high);
-            end = bitmap_next_clear(&store->file_stale, from, high);
-        }
-        if (end - from >= least || all) {
-            pthread_mutex_unlock(&store->lock);
-            image_discard(store->fleecing, (end - from) << store->shift, from << store->shift, NULL);
-            pthread_mutex_lock(&store->lock);
-            bitmap_clear(&store->file_stale, from, end - from);
-        }
-        from = end;
-    }
-    if (all)
+    uint64_t least = MAX(1, PUNCH_RUN >> store->shift), from = store->punch_cursor, first = 0, count = 0;
+    if (store->file_in_use == 0) {
+        count = store->file_high;
         store->file_high = store->file_cursor = 0;
+    } else {
+        uint64_t end = MIN(store->file_high, from + PUNCH_SCAN);
+        while (from < end && count < least) {
+            first = bitmap_next_set(&store->file_stale, from, end);
+            from = bitmap_next_clear(&store->file_stale, first, store->file_high);
+            count = from - first;
+        }
+        if (count < least)
+            count = 0;
+    }
+    store->punch_cursor = from;
+    if (store->file_in_use == 0 || from >= store->file_high) {
+        store->punch_cursor = 0;
+        store->freed_since_punch = 0;
+    }
+    bitmap_clear(&store->file_stale, first, count);
+    pthread_mutex_unlock(&store->lock);
+    if (count)
+        image_discard(store->fleecing, count << store->shift, first << store->shift, NULL);
+    pthread_mutex_lock(&store->lock);
+}
+
+/* Nothing will be read any more: give everything back, at once for as long as the lock is held, and then in peace. */
+static void dismantle(struct store *store)
+{
+    struct map map = store->map;
+    uint64_t bytes = store->file_high << store->shift;
+    store->dismantled = true;
+    map_init(&store->map);
+    while (store->staged) {
+        uint32_t i = store->oldest;
+        stage_unlink(store, i);
+        slot_drop(store, i);
+    }
+    store->file_in_use = store->file_high = store->freed_since_punch = 0;
+    pthread_mutex_unlock(&store->lock);
+    map_destroy(&map);
+    if (bytes && store->fleecing->punches)
+        image_discard(store->fleecing, bytes, 0, NULL);
+    pthread_mutex_lock(&store->lock);
 }
 
 /* ---- the thread ---- */
 
 /* Spilling starts when the stage is more than half full, and goes on until a quarter is left; or while a writer waits for room. */
-static bool spill_due(struct store *store)
+static bool spill_due(struct store *store, uint64_t now)
 {
-    if (!store->staged || store->aborted || store->file_full)
+    if (!store->staged || store->file_full)
         return false;
     if (store->staged > store->spill_above)
         store->spilling_down = true;
     else if (store->staged <= store->spill_down_to)
         store->spilling_down = false;
-    return (store->spilling_down || store->first_waiter) && (!store->retry_at || now_ns() >= store->retry_at);
+    return (store->spilling_down || store->first_waiter) && store->retry_at <= now;
 }
 
 static void *spiller(void *argument)
@@ -221,25 +303,24 @@ static void *spiller(void *argument)
     struct batch batch;
     pthread_mutex_lock(&store->lock);
     while (!store->closed) {
-        if (spill_due(store)) {
+        uint64_t now = store->retry_at ? now_ns() : 0;  /* one look at the clock decides both whether to spill and how long to sleep */
+        if (store->aborted && !store->dismantled) {
+            dismantle(store);
+        } else if (!store->aborted && spill_due(store, now)) {
             spill(store, &batch);
-        } else if (punch_due(store)) {
+        } else if (!store->aborted && punch_due(store)) {
             punch(store);
         } else {
             store->spiller_sleeps = true;
-            if (store->retry_at > now_ns())
+            if (store->retry_at > now)
                 cond_wait_until(&store->work, &store->lock, store->retry_at);
             else
                 pthread_cond_wait(&store->work, &store->lock);
             store->spiller_sleeps = false;
         }
     }
-    if (store->fleecing->punches && store->file_high) {     /* an image that outlives us is left empty */
-        uint64_t bytes = store->file_high << store->shift;
-        pthread_mutex_unlock(&store->lock);
-        image_discard(store->fleecing, bytes, 0, NULL);
-        pthread_mutex_lock(&store->lock);
-    }
+    if (!store->dismantled)
+        dismantle(store);       /* an image that outlives us is left empty */
     store->spiller_runs = false;
     pthread_cond_broadcast(&store->ended);
     pthread_mutex_unlock(&store->lock);
