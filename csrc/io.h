@@ -1,0 +1,97 @@
+/* io.h: one regular file or block device, opened, locked, and read and written whole. The formats stand on this; nothing else in the
+ * library calls the kernel about an image.
+ *
+ * io.c           opening, and transfers that are all or nothing
+ * io_lock.c      the locks that keep two programs from one image
+ * io_direct.c    O_DIRECT for callers who align nothing
+ * io_space.c     zeros, discards, and where the data is
+ */
+#ifndef FL_IO_H
+#define FL_IO_H
+
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "util/util.h"
+
+_Static_assert(sizeof(off_t) == 8, "build with 64-bit file offsets");
+
+struct io {
+    /* fixed after opening */
+    int fd;                     /* goes through the page cache; carries the locks; -1: closed */
+    int direct_fd;              /* the same file with O_DIRECT; -1: buffered only */
+    bool device;                /* a block device */
+    bool writable;
+    bool locked;                /* holds locks that closing gives back */
+    uint64_t size;
+    uint32_t block;             /* in what the storage allocates: a file system's block, or a device's sector; a power of two */
+    uint32_t alignment;         /* what offsets and lengths of direct transfers must be multiples of; 1 when buffered */
+    uint32_t memory_alignment;  /* and addresses */
+    unsigned generation;        /* of the process that opened it: see fl_generation */
+    const char *name;           /* for messages; the caller's, and outlives this */
+
+    /* atomic: what turned out not to work here, so as not to try it again */
+    atomic_bool no_punch, no_zero_range, no_zeroout, no_discard;
+    atomic_int flush_error;     /* positive errno of a flush that lost buffered writes; 0: none did */
+
+    pthread_rwlock_t edges;     /* direct only, see io_direct.c: held shared to write whole blocks, exclusively to write parts of blocks */
+};
+
+/* Open a regular file or block device, and lock it unless `share`. -EINVAL for other kinds of files, -EROFS, -FL_ELOCKED, -errno.
+   On failure `io` needs no io_close. */
+int io_open(struct io *io, const char *path, const char *name, bool writable, bool direct, bool share, fl_error *error);
+/* A new sparse file, which must not exist; none is left behind on failure. */
+int io_create(struct io *io, const char *path, const char *name, uint64_t size, bool direct, bool share, fl_error *error);
+/* A new sparse file without a name, buffered and not locked: nobody else can open it. */
+int io_create_nameless(struct io *io, const char *directory, const char *name, uint64_t size, fl_error *error);
+/* Gives the locks back and closes the files. In a forked child it only closes the child's copies: the locks are the parent's. */
+void io_close(struct io *io);
+
+/* All or nothing; the range is inside the file and not empty, and `iov` adds up to `length`. -FL_ETRUNCATED, -errno. */
+int io_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+int io_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+int io_flush(struct io *io, fl_error *error);
+
+/* The range reads as zeros afterwards, and its space is given back where that is possible. */
+int io_zero(struct io *io, uint64_t count, uint64_t offset, fl_error *error);
+/* Give the space back where that is possible; else success and nothing. While io_punches the range reads as zeros afterwards. */
+int io_discard(struct io *io, uint64_t count, uint64_t offset, fl_error *error);
+/* Does io_discard give space back and leave zeros? True of files until it turned out not to work. */
+bool io_punches(struct io *io);
+/* The contract of fl_image_extents. */
+int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+uint64_t io_allocated(struct io *io);   /* bytes */
+
+/* ---- between the files of this layer ---- */
+
+/* A place in a vector that somebody else owns. */
+struct iov_cursor {
+    const struct iovec *iov;
+    int count;                  /* entries left, the current one included */
+    size_t skip;                /* bytes of the current entry that are done */
+};
+
+/* Describe the next `limit` bytes in at most `max` entries of `out`; returns how many were used and stores how many bytes they have. The
+   cursor stays. The vector has at least `limit` bytes from the cursor on, and `limit` is not 0. */
+int iov_next(const struct iov_cursor *cursor, size_t limit, struct iovec *out, int max, size_t *bytes);
+void iov_advance(struct iov_cursor *cursor, size_t bytes);
+
+/* Transfer between `fd` and [offset, offset + length) from the cursor on, which moves on; continued until it is done. A read may end
+   early at the file's end: *done then says how many bytes came. Returns 0 or -errno, and no text. */
+int io_read_all(int fd, struct iov_cursor *cursor, uint64_t offset, size_t length, size_t *done);
+int io_write_all(int fd, struct iov_cursor *cursor, uint64_t offset, size_t length);
+
+int io_fail_read(struct io *io, int code, uint64_t offset, size_t length, fl_error *error);      /* code is positive */
+int io_fail_write(struct io *io, int code, uint64_t offset, size_t length, fl_error *error);
+int io_fail_truncated(struct io *io, uint64_t end, uint64_t offset, uint64_t length, fl_error *error);
+
+/* io_lock.c. 0 (also where the file system has no locks) or -FL_ELOCKED, with no lock left held. */
+int io_lock(struct io *io, fl_error *error);
+void io_unlock(struct io *io);
+
+/* io_direct.c. Open direct_fd beside fd, and find out the alignments. */
+int io_direct_open(struct io *io, const char *path, fl_error *error);
+int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+int io_direct_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+
+#endif
