@@ -229,13 +229,13 @@ typedef struct fl_backup_options {
     uint64_t speed;             /* bytes per second; 0: unlimited */
     int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
-    int skip_lost;              /* lost and discarded ranges are listed in the result instead of failing the job */
+    int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
 } fl_backup_options;
 
 typedef struct fl_progress {
     uint64_t total;             /* bytes to be visited: the disk, or what its bitmap holds */
     uint64_t done;              /* of these, copied, or found to be zeros, or skipped */
-    uint64_t data_bytes, zero_bytes, lost_bytes;  /* done, by kind */
+    uint64_t data_bytes, zero_bytes, lost_bytes;  /* done, by kind; lost: or discarded by others */
     uint64_t elapsed_ns;
     uint64_t retries;           /* reads repeated */
     int finished;               /* no worker runs any more */
@@ -255,7 +255,7 @@ int fl_backup_start(fl_snapshot *snapshot, fl_image *target, const fl_backup_opt
 int fl_backup_wait(fl_backup *job, uint64_t timeout, fl_error *error);
 int fl_backup_progress(fl_backup *job, fl_progress *progress, fl_error *error);
 int fl_backup_set_speed(fl_backup *job, uint64_t speed, fl_error *error);
-/* Ranges that were lost, merged and in order, as fl_image_extents from `index` on; found is 0 at the end. */
+/* Ranges that were skipped (FL_LOST, FL_DISCARDED), merged and in order, from the `index`th on; found is 0 at the end. */
 int fl_backup_lost(fl_backup *job, size_t index, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 /* The next chunk in order: 0, -ETIMEDOUT, -FL_EEND after the last, or the first failure. */
 int fl_backup_next(fl_backup *job, uint64_t timeout, fl_chunk *chunk, fl_error *error);

@@ -257,8 +257,8 @@ int image_take(fl_image *image, const char *what, fl_error *error)
 {
     int rc = image_use(image, error);
     if (rc == 0 && atomic_exchange(&image->taken, true)) {
-        rc = fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "%.200s can't be %s: it is the source of a disk or the fleecing image of a snapshot already "
-                  "(of one that was just closed, perhaps, whose last write to it still runs)", image->name, what);
+        rc = fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "%.200s can't be %s: it is the source of a disk, the fleecing image of a snapshot, or the target "
+                  "of a backup already (of one that was just closed, perhaps, whose last write to it still runs)", image->name, what);
         image_unref(image);
     }
     return rc;

@@ -388,8 +388,11 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     if (options->fleecing) {
         uint64_t bytes = options->fleecing->size;
         rc = image_take(options->fleecing, "a fleecing image", error);
-        if (rc)
+        if (rc) {
+            if (error)
+                error->side = FL_SIDE_FLEECING;
             goto out;
+        }
         store->fleecing = options->fleecing;
         if (options->fleecing_limit)
             bytes = MIN(bytes, options->fleecing_limit);
@@ -421,8 +424,12 @@ struct store *store_ref(struct store *store)
 
 void store_unref(struct store *store)
 {
-    if (!store || atomic_fetch_sub(&store->references, 1) != 1)
-        return;
+    if (store && atomic_fetch_sub(&store->references, 1) == 1)
+        store_destroy(store);
+}
+
+void store_destroy(struct store *store)
+{
     map_destroy(&store->map);
     bitmap_destroy(&store->file_used);
     bitmap_destroy(&store->file_stale);

@@ -81,6 +81,7 @@ void slot_free(struct store *store, uint32_t slot);     /* to the free list, and
 void slot_unpin(struct store *store, uint32_t slot);
 void stage_unlink(struct store *store, uint32_t slot);
 void slot_drop(struct store *store, uint32_t slot);     /* nothing points at it any more: free it, now or with its last pin */
+void store_destroy(struct store *store);        /* the last reference is gone; not under the lock */
 static inline void wake_spiller(struct store *store)
 {
     if (store->spiller_sleeps)

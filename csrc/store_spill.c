@@ -323,8 +323,11 @@ static void *spiller(void *argument)
         dismantle(store);       /* an image that outlives us is left empty */
     store->spiller_runs = false;
     pthread_cond_broadcast(&store->ended);
+    /* Whoever waits in store_close finds its own reference to be the last one: when that is gone, so is the fleecing image. */
+    bool last = atomic_fetch_sub(&store->references, 1) == 1;
     pthread_mutex_unlock(&store->lock);
-    store_unref(store);
+    if (last)
+        store_destroy(store);
     return NULL;
 }
 
