@@ -1,0 +1,49 @@
+"""Build the extension module `pyfleece._native` with cffi, in API mode.
+
+The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. The
+only thing that is added is the callback through which a waiting C call asks Python whether to go on (see
+`fl_set_interrupt`).
+
+setup.py runs this file through `cffi_modules`, with the project's root as the working directory.
+"""
+
+import glob
+import os
+
+from cffi import FFI
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SOURCES = ("csrc/*.c", "csrc/util/*.c", "csrc/qcow2/*.c")
+HEADERS = ("csrc/*.h", "csrc/util/*.h", "csrc/qcow2/*.h")
+
+
+def find(patterns):
+    """The files that match, relative to the root, as setuptools wants them; sorted, so that builds are reproducible."""
+    found = (path for pattern in patterns for path in glob.glob(os.path.join(ROOT, *pattern.split("/"))))
+    return sorted(os.path.relpath(path, ROOT) for path in found)
+
+
+def declarations():
+    """What fleece.h declares, for cffi's parser (which skips comments itself)."""
+    with open(os.path.join(ROOT, "csrc", "fleece.h"), encoding="utf-8") as header:
+        text = header.read()
+    _, begin, rest = text.partition("/* CFFI BEGIN */")
+    body, end, _ = rest.partition("/* CFFI END */")
+    if not begin or not end:
+        raise SystemExit("csrc/fleece.h: the lines CFFI BEGIN and CFFI END are missing")
+    return body
+
+
+ffi = FFI()
+ffi.cdef(declarations() + '\nextern "Python" int pyfleece_interrupt(void);\n')
+ffi.set_source(
+    "pyfleece._native",
+    '#include "fleece.h"',
+    sources=find(SOURCES),
+    include_dirs=["csrc"],
+    depends=find(HEADERS),
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_link_args=["-pthread"],
+    # One build for every CPython from 3.9 on; cffi turns it off where it cannot be (free threading).
+    py_limited_api=True,
+)

@@ -1,0 +1,81 @@
+"""pyfleece: consistent backups of disk images that are being written.
+
+    with pyfleece.open("vm.raw", "r+") as source:
+        disk = pyfleece.Disk(source)                    # the guest reads and writes through it
+        with disk.snapshot() as snapshot:               # one instant; the disk goes on being written
+            pyfleece.backup(snapshot, "backup.raw")
+
+Sizes and offsets are bytes, durations seconds. Every call that can block lets go of the GIL, and Ctrl-C ends it.
+"""
+
+from pyfleece._binding import Extent
+from pyfleece.backup import Backup, GroupResult, Result, backup, backup_group
+from pyfleece.bitmap import Bitmaps, DirtyBitmap
+from pyfleece.chunks import Chunk, Chunks
+from pyfleece.disk import Disk
+from pyfleece.errors import (
+    ArgumentError,
+    CancelledError,
+    ClosedError,
+    DiscardedError,
+    Error,
+    ForkedError,
+    FormatError,
+    FreezeError,
+    ImageError,
+    ImageLockedError,
+    LostError,
+    OutOfRangeError,
+    OutsideBitmapError,
+    SnapshotBrokenError,
+    TruncatedError,
+)
+from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
+from pyfleece.image import Image, ImageInfo, create, open
+from pyfleece.progress import Bar, Progress
+from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "Backup",
+    "Bar",
+    "Bitmaps",
+    "CancelledError",
+    "Chunk",
+    "Chunks",
+    "ClosedError",
+    "DirtyBitmap",
+    "DiscardedError",
+    "Disk",
+    "Error",
+    "Extent",
+    "ForkedError",
+    "FormatError",
+    "FreezeError",
+    "FreezeReport",
+    "GroupResult",
+    "Image",
+    "ImageError",
+    "ImageInfo",
+    "ImageLockedError",
+    "Latency",
+    "LostError",
+    "OutOfRangeError",
+    "OutsideBitmapError",
+    "Progress",
+    "Result",
+    "Snapshot",
+    "SnapshotBrokenError",
+    "SnapshotFile",
+    "SnapshotGroup",
+    "Stats",
+    "TruncatedError",
+    "__version__",
+    "backup",
+    "backup_group",
+    "create",
+    "open",
+    "snapshot_group",
+]
