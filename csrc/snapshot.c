@@ -242,33 +242,45 @@ static bool append(struct list *list, uint64_t offset, uint64_t length, int kind
     return true;
 }
 
+/* What the source said of a stretch from `offset` to `end`, some time after the cut. It holds for every cluster that is found unsaved later than that: nobody
+   changed it. So the source, where asking takes a lock that writers want, is asked once a stretch and not once a run. */
 #define SOURCE_EXTENTS 64
-#define LOOK_AHEAD (UINT64_C(1) << 20)      /* clusters: a look scans all bitmaps up to the end of the shortest run, so it should not look far */
+struct source_view { uint64_t offset, end; size_t found, index; fl_extent extents[SOURCE_EXTENTS]; };
 
-/* What the source says of clusters that were not saved a moment ago; `*covered` bytes of it are certain. */
-static int source_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length, struct list *list, uint64_t *covered, fl_error *error)
+static int view_source(fl_snapshot *snapshot, uint64_t offset, uint64_t end, struct source_view *view, fl_error *error)
 {
-    fl_extent extents[SOURCE_EXTENTS];
-    size_t found = 0;
-    uint64_t good = 0;
-    int rc = image_extents(snapshot->source, offset, length, extents, SOURCE_EXTENTS, &found, error);
+    int rc = image_extents(snapshot->source, offset, end - offset, view->extents, SOURCE_EXTENTS, &view->found, error);
     if (rc) {
         error->side = FL_SIDE_SOURCE;
         return rc;
     }
-    uint64_t end = extents[found - 1].offset + extents[found - 1].length;
-    rc = look_again(snapshot, offset, end - offset, true, &good, error);
-    if (rc == -FL_EDISCARDED || rc == -FL_ELOST)
-        rc = 0;                 /* moved on: the caller looks anew */
-    *covered = 0;
-    for (size_t i = 0; i < found && rc == 0 && *covered < good; i++) {
-        uint64_t part = MIN(extents[i].length, good - *covered);
-        if (!append(list, extents[i].offset, part, extents[i].kind))
-            break;
-        *covered += part;
-    }
-    return rc;
+    const fl_extent *last = &view->extents[view->found - 1];
+    view->offset = offset;
+    view->end = last->offset + last->length;
+    view->index = 0;
+    full_fence();               /* I3: the states are looked at after the source was */
+    return 0;
 }
+
+/* Append what the view says of [offset, offset + length), up to where it, or the list, ends. Returns how much that is. */
+static uint64_t append_view(struct list *list, struct source_view *view, uint64_t offset, uint64_t length)
+{
+    uint64_t at = offset, end = MIN(offset + length, view->end);
+    while (at < end) {
+        const fl_extent *extent = &view->extents[view->index];
+        uint64_t extent_end = extent->offset + extent->length;
+        if (extent_end <= at) {
+            view->index++;
+            continue;
+        }
+        if (!append(list, at, MIN(end, extent_end) - at, extent->kind))
+            break;
+        at = MIN(end, extent_end);
+    }
+    return at - offset;
+}
+
+#define LOOK_AHEAD (UINT64_C(1) << 20)  /* clusters: a look scans all bitmaps up to the end of the shortest run, so it should not look far */
 
 static const int kind_of[] = {
     [SAVED] = FL_DATA, [SAVED_ZERO] = FL_ZERO, [RELEASED] = FL_DISCARDED, [LOST] = FL_LOST, [OUTSIDE] = FL_OUTSIDE,
@@ -277,6 +289,7 @@ static const int kind_of[] = {
 int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
 {
     struct list list = { extents, max, 0 };
+    struct source_view view = { .end = 0 };
     uint64_t end_offset = offset + length;
     fl_error story;
     int rc = gate_pass(&snapshot->gate, "snapshot", error);
@@ -289,16 +302,21 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
         end = MIN(end, cluster + LOOK_AHEAD);
         enum cluster_state state = look(snapshot, cluster, &end);
         uint64_t part = MIN(end_offset, end << snapshot->shift) - offset;
-        if (state == UNSAVED) {
-            size_t before = list.count;
-            rc = source_extents(snapshot, offset, part, &list, &part, &story);
-            if (part == 0 && before == max)
+        if (state != UNSAVED) {
+            if (!append(&list, offset, part, kind_of[state]))
                 break;
-        } else if (!append(&list, offset, part, kind_of[state])) {
-            break;
+        } else if (offset >= view.end) {
+            rc = view_source(snapshot, offset, MIN(end_offset, (cluster + LOOK_AHEAD) << snapshot->shift), &view, &story);
+            continue;           /* look again, now that the source was asked */
+        } else {
+            part = append_view(&list, &view, offset, part);
+            if (part == 0)
+                break;          /* the list is full */
         }
         offset += part;
     }
+    if (rc == 0)
+        rc = check(snapshot, &story);
     if (rc == 0)
         *found = list.count;
     else if (error)

@@ -16,7 +16,7 @@ import weakref
 from typing import Any, Union
 
 from pyfleece import image as _image
-from pyfleece.errors import Error, ImageLockedError, from_os_error, invalid
+from pyfleece.errors import CancelledError, Error, ImageLockedError, from_os_error, invalid
 from pyfleece.image import Image, Path
 
 # A path, an open Image, or a binary file object: anything with a write() that takes bytes.
@@ -121,6 +121,7 @@ class Stream(Target):
         self._file = file
         self._owned = owned
         self._name = str(getattr(file, "name", None) or f"a {type(file).__name__}")
+        self._abandoned = False
 
     def write(self, offset: int, length: int, data: memoryview | None) -> None:
         try:
@@ -171,7 +172,12 @@ class Stream(Target):
                 raise invalid(f"write() of {self._name} returned {taken!r} for {len(data) - done} bytes")
             done += taken
 
+    def abandon(self) -> None:
+        self._abandoned = True
+
     def _wait_for_room(self) -> None:
+        if self._abandoned:
+            raise CancelledError("the backup was cancelled")
         select.select([], [self._file], [], 0.05)
 
 
