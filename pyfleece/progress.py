@@ -78,10 +78,9 @@ class Bar:
         if not self._shown:
             return
         self._measure(progress)
-        text = f" {progress.fraction:4.0%} {human(progress.done)} of {human(progress.total)}"
-        text += f", {human(self._rate or 0)}/s"
-        if progress.fleecing_bytes:
-            text += f", fleecing {human(progress.fleecing_bytes)}"
+        # Of fixed width, so that the bar's end stays where it is.
+        text = f" {progress.fraction:4.0%} {human(progress.done):>10} of {human(progress.total)}"
+        text += f", {human(self._rate or 0):>10}/s, fleecing {human(progress.fleecing_bytes):>10}"
         width = min(shutil.get_terminal_size().columns - 1, 110)
         room = max(width - len(self._label) - len(text) - 2, 0)
         filled = int(room * progress.fraction)
