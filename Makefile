@@ -8,9 +8,11 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-# Command, and the Debian package that has it.
+# Command or file, and the Debian package that has it.
 demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs
-test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs qemu-img:qemu-utils losetup:mount spin:spin
+test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs qemu-img:qemu-utils losetup:mount spin:spin \
+    qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
+    /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.[ch] csrc/*/*.[ch])
 READY := $(VENV)/.ready
@@ -32,7 +34,7 @@ $(READY): $(SOURCES) | packages
 
 packages:
 	@missing=; \
-	for need in $(NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	for need in $(NEEDS); do command -v $${need%%:*} >/dev/null || test -f $${need%%:*} || missing="$$missing $${need##*:}"; done; \
 	echo '#include <stdio.h>' | gcc -E - >/dev/null 2>&1 || missing="$$missing libc6-dev"; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \

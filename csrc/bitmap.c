@@ -37,6 +37,7 @@ uint64_t bitmap_fetch_or(struct bitmap *bitmap, uint64_t word, uint64_t mask)
 {
     _Atomic unsigned char *page = &bitmap->pages[word >> (BITMAP_PAGE_SHIFT - 6)];
     unsigned char state = atomic_load_explicit(page, memory_order_acquire);
+    /* The page's byte, then the bit: each is a release, so whoever sees the bit finds the page touched. "Ones" is never taken back: the exchange fails. */
     if (UNLIKELY(state == PAGE_UNTOUCHED) && atomic_compare_exchange_strong(page, &state, PAGE_MIXED))
         state = PAGE_MIXED;
     if (state == PAGE_ONES)
@@ -55,7 +56,8 @@ void bitmap_set(struct bitmap *bitmap, uint64_t first, uint64_t count)
             next = MIN(end, first + PAGE_BITS);
         } else {
             uint64_t word = first >> 6, mask = word_mask(word, first, next);
-            if ((bitmap_word(bitmap, word) & mask) != mask)     /* keep the cache line shared where nothing changes */
+            /* Keep the cache line shared where nothing changes. What another thread set and we saw counts as set by us, for whoever we pass it on to. */
+            if ((bitmap_word(bitmap, word) & mask) != mask)
                 bitmap_fetch_or(bitmap, word, mask);
         }
         first = next;

@@ -4,7 +4,8 @@
  * making one is O(1), scans skip what was never touched, and setting a range as long as the disk writes a byte a page.
  *
  * All functions but init and destroy may run at the same time. Bits are set in sequentially consistent order, and are read with acquire loads:
- * what was written before a bit was set is seen by whoever sees the bit.
+ * what was written before a bit was set is seen by whoever sees the bit. An acquire load may be done before an earlier store of the same thread: who sets
+ * one bit and then looks at another, or at data, needs a full_fence() in between.
  */
 #ifndef FL_BITMAP_H
 #define FL_BITMAP_H

@@ -92,7 +92,8 @@ static void drop_mine(struct saving *saving)
     saving->count = 0;
 }
 
-/* Claim what nobody has saved or claimed. */
+/* Claim what nobody has saved or claimed. The look at `saved` may be older than the claim: a claim of what was saved is never given back, so it is not won
+   then. The fetch-or acquires: the old data is read after it. */
 static void claim(struct saving *saving)
 {
     fl_snapshot *snapshot = saving->snapshot;
@@ -275,6 +276,7 @@ static void read_run(const struct saving *savings, struct saving *saving, uint64
 static void publish_zeros(struct saving *saving, uint64_t first, uint64_t count, const uint32_t *slots)
 {
     fl_snapshot *snapshot = saving->snapshot;
+    /* `zero` before `saved`: who sees that one (acquire) sees this one. */
     bitmap_set(&snapshot->zero, first, count);
     bitmap_set(&snapshot->saved, first, count);
     store_give_back(snapshot->store, slots, (uint32_t)count);
@@ -287,7 +289,7 @@ static int publish_data(struct saving *saving, uint64_t first, uint64_t count, c
     fl_snapshot *snapshot = saving->snapshot;
     int rc = store_publish(snapshot->store, first, slots, (uint32_t)count);
     if (rc == 0) {
-        bitmap_set(&snapshot->saved, first, count);
+        bitmap_set(&snapshot->saved, first, count);     /* releases our read of the source: who sees it and writes can't change what we read */
         atomic_fetch_add_explicit(&snapshot->clusters_saved, count, memory_order_relaxed);
         atomic_fetch_add_explicit(&snapshot->bytes_copied, count << snapshot->shift, memory_order_relaxed);
         return 0;
@@ -336,7 +338,7 @@ static void free_released(const struct saving *saving)
 {
     fl_snapshot *snapshot = saving->snapshot;
     uint64_t at = saving->first;
-    full_fence();
+    full_fence();               /* `saved`, then the look at `released`: pairs with the one in fl_snapshot_discard */
     while ((at = bitmap_next_set(&snapshot->released, at, saving->end)) < saving->end) {
         if (bitmap_test(&snapshot->saved, at) && is_mine(saving, at))
             store_free(snapshot->store, at, 1);
@@ -385,7 +387,7 @@ static bool wait_for_others(struct saving *saving)
     uint64_t pending = 0, claimed = 0;
     atomic_fetch_add_explicit(&snapshot->claim_waits, 1, memory_order_relaxed);
     atomic_fetch_add(&snapshot->claim_waiters, 1);
-    full_fence();               /* whoever ends a claim looks for waiters after it changed the bits */
+    full_fence();               /* count, then look at the bits; whoever ends a claim changes the bits, then looks for waiters (snapshot_claims_changed) */
     pthread_mutex_lock(&snapshot->lock);
     for (;;) {
         pending = claimed = 0;
@@ -551,6 +553,7 @@ static int change_piece(fl_disk *disk, enum change change, const char *data, uin
     }
     if (rc)
         return rc;
+    forget_room(attempt);       /* what was reserved and not used: others may wait for it, and the source may hang */
     count_latency(disk, attempt, piece == end);
     mark_dirty(disk, *offset, piece);
     full_fence();               /* the bits and marks of protect, then the change: pairs with the one in look_again */

@@ -37,7 +37,7 @@ void gate_destroy(struct gate *gate)
 
 void gate_leave(struct gate *gate)
 {
-    atomic_fetch_sub(my_counter(gate), 1);
+    atomic_fetch_sub(my_counter(gate), 1);      /* releases all that was done inside to the closer that sees 0. Then the look: as in gate_enter */
     if (UNLIKELY(atomic_load(&gate->state) != GATE_OPEN)) {
         pthread_mutex_lock(&gate->lock);        /* pairs with the closer's look at the counters under the lock */
         pthread_cond_broadcast(&gate->changed);
@@ -50,6 +50,8 @@ int gate_enter(struct gate *gate)
     if (UNLIKELY(gate->generation != fl_generation))
         return -FL_EFORKED;
     for (;;) {
+        /* Count, then look; the closer changes `state`, then looks at the counters. All four are sequentially consistent, so one of us sees the other.
+           The look acquires what was done while it was closed (disk->snapshots). */
         atomic_fetch_add(my_counter(gate), 1);
         if (LIKELY(atomic_load(&gate->state) == GATE_OPEN))
             return 0;
@@ -77,7 +79,7 @@ int gate_pass(struct gate *gate, const char *what, fl_error *error)
 bool gate_is_empty(struct gate *gate)
 {
     for (int i = 0; i < GATE_SLOTS; i++)
-        if (atomic_load(&gate->slot[i].inside))
+        if (atomic_load(&gate->slot[i].inside))     /* pairs with gate_enter and gate_leave */
             return false;
     return true;
 }

@@ -50,7 +50,7 @@ static enum cluster_state look(const fl_snapshot *snapshot, uint64_t cluster, ui
     *end = run_end(&snapshot->lost, cluster, *end, &set);
     if (set)
         return LOST;
-    *end = run_end(&snapshot->saved, cluster, *end, &set);
+    *end = run_end(&snapshot->saved, cluster, *end, &set);      /* acquires `zero`, which is set before it */
     if (!set)
         return UNSAVED;
     *end = run_end(&snapshot->zero, cluster, *end, &set);
@@ -114,7 +114,7 @@ static int check(fl_snapshot *snapshot, fl_error *error)
 
 void snapshot_claims_changed(fl_snapshot *snapshot)
 {
-    full_fence();               /* pairs with the one of whoever counts itself as waiting and then looks at the bits */
+    full_fence();               /* pairs with the one in wait_for_others, which counts itself as waiting and then looks at the bits */
     if (atomic_load(&snapshot->claim_waiters)) {
         pthread_mutex_lock(&snapshot->lock);
         pthread_cond_broadcast(&snapshot->claims_changed);
@@ -258,7 +258,7 @@ static int view_source(fl_snapshot *snapshot, uint64_t offset, uint64_t end, str
     view->offset = offset;
     view->end = last->offset + last->length;
     view->index = 0;
-    full_fence();               /* I3: the states are looked at after the source was */
+    full_fence();               /* I3: the states are looked at after the source was: pairs with the writer's, as in look_again */
     return 0;
 }
 
