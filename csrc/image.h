@@ -20,6 +20,7 @@ struct image_ops {
     int (*readv)(fl_image *image, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
     int (*writev)(fl_image *image, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
     int (*zero)(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);
+    /* What extents call FL_ZERO must go on reading as zeros: the write path saves nothing before such a discard. */
     int (*discard)(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);
     int (*flush)(fl_image *image, fl_error *error);
     /* As fl_image_extents; length and max are not 0. */
