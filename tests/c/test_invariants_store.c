@@ -1,0 +1,188 @@
+/* test_invariants_store.c: I5: places in the stage and the fleecing image, and who may use them.
+ *
+ * Scenarios as rig.h describes them. tests/mutants.py breaks the engine line by line and names the scenario that notices.
+ */
+#define _GNU_SOURCE
+#include "rig.h"
+
+/* ---- I5: a place in the store is used again only when nobody has it pinned and nothing points at it ---- */
+
+/* A spill hangs (before it writes, or after), and part of what it writes is released: its slots stay out of use until it ends. */
+TEST(i5_hung_spill_keeps_its_slots)
+{
+    for (int action = FL_FAULT_HANG; action <= FL_FAULT_HANG_AFTER; action++) {
+        for (uint64_t released = 1; released <= 4; released++) {
+            struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
+            r.options.stage_size = 8 * CLUSTER;
+            fl_snapshot *s = cut(&r);
+            fault_next(r.fleecing, action, FL_OP_WRITE, 0, 0, 0);
+            write_bytes(&r, NEW, 8 * CLUSTER, 0);
+            wait_hanging(r.fleecing, 1);                        /* some of the oldest, 0 among them */
+            MUST(fl_snapshot_discard(s, released * CLUSTER, 0, &why));
+            fl_stats stats = stats_of(s);
+            CHECK(stats.staged_bytes >= (8 - released) * CLUSTER, "%" PRIu64 " bytes staged", stats.staged_bytes);
+            /* Of the eight slots at least one is the spill's: so these seven or less fit, and the eighth waits. */
+            struct call *w[8];
+            for (uint64_t i = 0; i < released; i++)
+                w[i] = start(WRITE, &r, CLUSTER, (20 + i) * CLUSTER);
+            sleep_ns(60 * MILLISECOND);
+            unsigned waiting = 0;
+            for (uint64_t i = 0; i < released; i++)
+                waiting += !atomic_load(&w[i]->done);
+            CHECK(waiting >= 1, "a slot that a spill still uses was given away");
+            for (uint64_t c = 0; c < released; c++)
+                check_raises(s, FL_EDISCARDED, CLUSTER, c * CLUSTER);
+            check_old(s, (64 - released) * CLUSTER, released * CLUSTER);
+            fl_fault_resume(r.fleecing);
+            for (uint64_t i = 0; i < released; i++)
+                finish(w[i], 0);
+            write_bytes(&r, NEW, 32 * CLUSTER, 30 * CLUSTER);   /* everything is used again, several times */
+            check_old(s, (64 - released) * CLUSTER, released * CLUSTER);
+            /* What was released in the middle of it all left nothing behind: 8 clusters, of which as many as came anew went, and 32. */
+            WAIT_FOR_STATS(s, now.staged_bytes + now.fleecing_bytes == 40 * CLUSTER);
+            MUST(fl_snapshot_discard(s, 64 * CLUSTER, 0, &why));
+            WAIT_FOR_STATS(s, now.staged_bytes == 0 && now.fleecing_bytes == 0);
+            end(s);
+            rig_free(&r);
+        }
+    }
+}
+
+/* What is being spilled can be read, before, meanwhile and after, also when the spill fails in the end. */
+TEST(i5_spilling_clusters_are_readable)
+{
+    for (int fails = 0; fails < 2; fails++) {
+        struct rig r = rig_that_spills(16 * CLUSTER, 16 * CLUSTER);
+        fl_snapshot *s = cut(&r);
+        if (fails)
+            fail_next(r.fleecing_middle, FL_OP_WRITE, EIO, 0, 0);
+        hang_next(r.fleecing, FL_OP_WRITE, 0, 0);
+        write_bytes(&r, NEW, CLUSTER, 3 * CLUSTER);
+        wait_hanging(r.fleecing, 1);
+        check_old(s, 16 * CLUSTER, 0);
+        fl_fault_resume(r.fleecing);
+        WAIT_FOR_STATS(s, now.fleecing_bytes == CLUSTER && now.staged_bytes == 0);
+        check_old(s, 16 * CLUSTER, 0);
+        CHECK(stats_of(s).spill_errors == (uint64_t)fails);
+        end(s);
+        rig_free(&r);
+    }
+}
+
+/* close() does not wait for a spill that hangs; when it ends, thread, memory and files go. */
+TEST(i5_close_returns_while_a_spill_hangs)
+{
+    int tasks = count_entries("/proc/self/task"), files = count_entries("/proc/self/fd");
+    struct rig r = rig_that_spills(16 * CLUSTER, 16 * CLUSTER);
+    fl_snapshot *s = cut(&r);
+    hang_next(r.fleecing, FL_OP_WRITE, 0, 0);
+    write_bytes(&r, NEW, CLUSTER, 3 * CLUSTER);
+    wait_hanging(r.fleecing, 1);
+    finish(start(CLOSE, s, 0, 0), 0);
+    EXPECT(FL_ECLOSED, fl_snapshot_check(s, &why));
+    fl_snapshot_free(s);
+    finish(start(WRITE, &r, 16 * CLUSTER, 0), 0);               /* the guest goes on */
+    r.options.fleecing = NULL;
+    s = cut(&r);                                                /* and so do later snapshots */
+    write_bytes(&r, NEWER, CLUSTER, 0);
+    end(s);
+    CHECK(fl_fault_hanging(r.fleecing) == 1);
+    fl_fault_resume(r.fleecing);
+    rig_free(&r);
+    check_comes_down("/proc/self/task", tasks, 5 * SECOND);
+    check_comes_down("/proc/self/fd", files, 5 * SECOND);
+}
+
+/* A spill that fails loses nothing, and is made again. */
+TEST(i5_failed_spill_loses_nothing)
+{
+    struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
+    r.options.stage_size = 16 * CLUSTER;
+    fl_snapshot *s = cut(&r);
+    fault_all(r.fleecing, FL_FAULT_SHORT, FL_OP_WRITE, ENOSPC, 0, 0);
+    write_bytes(&r, NEW, 16 * CLUSTER, 0);
+    WAIT_FOR_STATS(s, now.spill_errors >= 2);
+    check_old(s, 64 * CLUSTER, 0);
+    CHECK(stats_of(s).staged_bytes == 16 * CLUSTER && stats_of(s).fleecing_bytes == 0);
+    MUST(fl_snapshot_discard(s, CLUSTER, 2 * CLUSTER, &why));
+    fl_fault_clear(r.fleecing);
+    write_bytes(&r, NEW, 40 * CLUSTER, 20 * CLUSTER);
+    check_old(s, 2 * CLUSTER, 0);
+    check_raises(s, FL_EDISCARDED, CLUSTER, 2 * CLUSTER);
+    check_old(s, 61 * CLUSTER, 3 * CLUSTER);
+    CHECK(stats_of(s).bytes_spilled > 0);
+    end(s);
+    rig_free(&r);
+}
+
+/* Room that was freed is used again: all of the disk goes through a store a fraction of its size, and what is kept stays right. */
+TEST(i5_places_are_used_again)
+{
+    struct rig r = rig_new(256 * CLUSTER, 6 * CLUSTER + 100);
+    r.options.stage_size = 2 * CLUSTER;
+    fl_snapshot *s = cut(&r);
+    for (uint64_t c = 0; c < 256; c += 2) {
+        write_bytes(&r, NEW, 2 * CLUSTER, c * CLUSTER);
+        if (c >= 4) {                                           /* keeps the last four */
+            check_old(s, 4 * CLUSTER, (c - 2) * CLUSTER);
+            MUST(fl_snapshot_discard(s, 2 * CLUSTER, (c - 4) * CLUSTER, &why));
+        }
+    }
+    fl_stats stats = stats_of(s);
+    CHECK(stats.clusters_saved == 256 && stats.fleecing_peak <= 6 * CLUSTER && stats.staged_peak <= 2 * CLUSTER && stats.bytes_spilled > 0);
+    check_old(s, 4 * CLUSTER, 252 * CLUSTER);
+    end(s);
+    rig_free(&r);
+}
+
+/* Freed places are punched out of the fleecing image: while that hangs, and after it, it does not take away what was saved since. */
+TEST(i5_hung_punch_takes_nothing_else)
+{
+    struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
+    r.options.stage_size = 4 * CLUSTER;
+    fl_snapshot *s = cut(&r);
+    write_bytes(&r, NEW, 16 * CLUSTER, 0);
+    WAIT_FOR_STATS(s, now.fleecing_bytes > 0);
+    hang_next(r.fleecing, FL_OP_DISCARD, 0, 0);
+    struct call *release = start(RELEASE, s, 16 * CLUSTER, 0);
+    wait_hanging(r.fleecing, 1);                                /* whoever punches */
+    write_bytes(&r, NEW, 2 * CLUSTER, 20 * CLUSTER);
+    check_old(s, 2 * CLUSTER, 20 * CLUSTER);
+    fl_fault_resume(r.fleecing);
+    finish(release, 0);
+    write_bytes(&r, NEW, 20 * CLUSTER, 30 * CLUSTER);
+    check_old(s, 48 * CLUSTER, 16 * CLUSTER);
+    MUST(fl_snapshot_discard(s, 64 * CLUSTER, 0, &why));
+    WAIT_FOR_STATS(s, now.staged_bytes == 0 && now.fleecing_bytes == 0);
+    end(s);
+    fl_image_info info;
+    MUST(fl_image_info_get(r.fleecing_raw, &info, &why));
+    CHECK(info.allocated == 0, "%" PRIu64 " bytes are left in the fleecing image", info.allocated);
+    rig_free(&r);
+}
+
+/* Punching beside what is in use: only what is free goes, also where places that were free were used again before. */
+TEST(i5_punch_spares_what_is_in_use)
+{
+    enum { FIRST = 4096, AGAIN = 1400 };        /* megabytes, since less is not worth punching */
+    struct rig r = rig_new((FIRST + AGAIN) * CLUSTER, 2 * FIRST * CLUSTER);
+    fl_snapshot *s = cut(&r);
+    write_bytes(&r, NEW, FIRST * CLUSTER, 0);
+    WAIT_FOR_STATS(s, now.staged_bytes < 64 * CLUSTER);
+    MUST(fl_snapshot_discard(s, 1500 * CLUSTER, 1000 * CLUSTER, &why));
+    write_bytes(&r, NEW, AGAIN * CLUSTER, FIRST * CLUSTER);     /* in these places */
+    CHECK(fl_fault_seen(r.fleecing, FL_OP_DISCARD) == 0, "punched too early for this test");
+    for (uint64_t c = 2500; c < FIRST; c += 200)                /* keeps every tenth of the others */
+        MUST(fl_snapshot_discard(s, (c + 180 < FIRST ? 180 : FIRST - c) * CLUSTER, c * CLUSTER, &why));
+    uint64_t deadline = clock_ns() + 10 * SECOND;
+    while (fl_fault_seen(r.fleecing, FL_OP_DISCARD) < 5 && clock_ns() < deadline)
+        sleep_ns(MILLISECOND);
+    sleep_ns(20 * MILLISECOND);
+    CHECK(fl_fault_seen(r.fleecing, FL_OP_DISCARD) >= 5, "nothing was punched");
+    check_old(s, AGAIN * CLUSTER, FIRST * CLUSTER);
+    check_old(s, 1000 * CLUSTER, 0);
+    for (uint64_t c = 2680; c + 20 <= FIRST; c += 200)
+        check_old(s, 20 * CLUSTER, c * CLUSTER);
+    end(s);
+    rig_free(&r);
+}
