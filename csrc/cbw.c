@@ -30,6 +30,7 @@
 #define PIECE_WORDS (PIECE_CLUSTERS / 64 + 1)
 #define PIECE_WRITE (8u << 20)          /* bytes, at most */
 #define PIECE_ZERO (64u << 20)          /* for zeros and discards: some images can only write zeros */
+#define NO_ROOM 1                       /* beside 0 and the negative codes, which can be anything that an image fails with */
 #define LOOK_FOR_HOLES (64u << 10)      /* a run at least as long is worth asking the source for holes */
 
 /* What one piece of a write must save for one snapshot. */
@@ -409,7 +410,7 @@ static bool wait_for_others(struct saving *saving)
 
 /* ---- one piece ---- */
 
-/* Room for what was claimed. 0, -EAGAIN: wait for it (the attempt says where), else the guest's write fails. */
+/* Room for what was claimed. 0, NO_ROOM: wait for it (the attempt says where), else the guest's write fails. */
 static int take_room(struct saving *saving, struct attempt *attempt, fl_error *error)
 {
     fl_snapshot *snapshot = saving->snapshot;
@@ -422,10 +423,10 @@ static int take_room(struct saving *saving, struct attempt *attempt, fl_error *e
     forget_room(attempt);
     attempt->store = store_ref(snapshot->store);
     attempt->need = saving->count;
-    return -EAGAIN;
+    return NO_ROOM;
 }
 
-/* Make sure that [offset, end) may change: I2. Inside the gate. 0, -EAGAIN: leave the gate and wait for room; else the guest's write fails. */
+/* Make sure that [offset, end) may change: I2. Inside the gate. 0, NO_ROOM: leave the gate and wait for it; else the guest's write fails. */
 static int protect(fl_disk *disk, uint64_t offset, uint64_t end, struct attempt *attempt, fl_error *error)
 {
     struct saving savings[disk->snapshot_count];
@@ -537,7 +538,7 @@ static int wait_for_room(struct attempt *attempt, fl_error *error)
     return 0;
 }
 
-/* One piece from `*offset` on, at most to `end`; moves *offset on. -EAGAIN: wait for room. Inside the gate. */
+/* One piece from `*offset` on, at most to `end`; moves *offset on. NO_ROOM: wait for it. Inside the gate. */
 static int change_piece(fl_disk *disk, enum change change, const char *data, uint64_t *offset, uint64_t end, struct attempt *attempt, fl_error *error)
 {
     uint64_t piece = end;
@@ -546,7 +547,7 @@ static int change_piece(fl_disk *disk, enum change change, const char *data, uin
         needs_saving = !in_hole(disk, *offset, &piece);
     piece = piece_end(disk, change, *offset, piece, needs_saving);
     int rc = needs_saving ? protect(disk, *offset, piece, attempt, error) : 0;
-    if (rc == -EAGAIN && change == CHANGE_DISCARD) {
+    if (rc == NO_ROOM && change == CHANGE_DISCARD) {
         forget_room(attempt);   /* a discard is a hint: not worth waiting for, and no reason to break a snapshot */
         *offset = piece;
         return 0;
@@ -572,7 +573,7 @@ int cbw_change(fl_disk *disk, enum change change, const void *data, uint64_t cou
         if (rc)
             break;
         rc = change_piece(disk, change, data ? (const char *)data + (offset - start) : NULL, &offset, end, &attempt, error);
-        bool wait = rc == -EAGAIN;
+        bool wait = rc == NO_ROOM;
         if (wait && !attempt.inside_life) {
             rc = gate_pass(&disk->life, "disk", error);
             attempt.inside_life = rc == 0;

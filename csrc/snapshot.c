@@ -189,7 +189,7 @@ static int read_run(fl_snapshot *snapshot, enum cluster_state state, char *buffe
     int again = look_again(snapshot, offset, length, state == UNSAVED, &valid, error);
     if (again)
         return again;           /* says more than the failed read does, which may just be its consequence */
-    if (rc == -ENOENT)
+    if (rc == STORE_HAS_NOT)
         return fail(error, EIO, FL_SIDE_FLEECING, offset, length, "internal error: saved data at %llu is not in the store", (unsigned long long)offset);
     *good = rc == 0 ? valid : 0;
     return rc && valid < length ? 0 : rc;       /* part of what could not be read is in the store by now: look anew */

@@ -311,7 +311,7 @@ int store_read(struct store *store, void *buffer, size_t length, uint64_t offset
         while (length && count < READ_RUN) {
             uint64_t place = map_get(&store->map, offset >> store->shift);
             if (place == PLACE_NONE) {
-                rc = -ENOENT;
+                rc = STORE_HAS_NOT;
                 break;
             }
             if (!place_is_file(place))

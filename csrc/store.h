@@ -45,7 +45,8 @@ void store_explain(struct store *store, uint64_t waited, fl_error *error);
 
 /* The slots hold the old data of clusters first, first + 1, …: from now on they are found there. 0 or -ENOMEM (nothing published). */
 int store_publish(struct store *store, uint64_t first, const uint32_t *slots, uint32_t count);
-/* Read `length` bytes from `offset` (bytes of the disk; may span clusters). -ENOENT: a cluster is not here (any more). Bytes that come from the
+#define STORE_HAS_NOT 1         /* beside 0 and the negative codes, which can be anything that the fleecing image fails with */
+/* Read `length` bytes from `offset` (bytes of the disk; may span clusters). STORE_HAS_NOT: a cluster is not here (any more). Bytes that come from the
    fleecing image may be another cluster's by then if the cluster was freed meanwhile: the caller looks at its bitmaps again afterwards. */
 int store_read(struct store *store, void *buffer, size_t length, uint64_t offset, fl_error *error);
 /* Forget the clusters in [first, first + count) that are here. */

@@ -335,7 +335,7 @@ int spill_start(struct store *store, fl_error *error)
 {
     store_ref(store);
     store->spiller_runs = true;
-    int rc = thread_start(spiller, store, "fleece-spill");
+    int rc = thread_start(spiller, store, "fl-spill");
     if (rc) {
         store->spiller_runs = false;
         store_unref(store);
