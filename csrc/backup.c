@@ -23,7 +23,7 @@
 #define DEFAULT_MOST_WORKERS 16
 #define MAX_BUFFERS 4096
 #define FIRST_ZERO_STEP (UINT64_C(64) << 20)
-#define CLOSE_WAIT_NS 1000000000u
+#define CLOSE_WAIT_NS 500000000u
 
 /* ---- the object ---- */
 
@@ -176,6 +176,24 @@ static void start_next(fl_backup *job)
 }
 
 /* The last one out flushes the target, so that success is reported only for what is on stable storage. */
+/* Give up snapshot and target, which may have to be closed now, if no worker uses them. */
+static void let_go(fl_backup *job)
+{
+    fl_snapshot *snapshot = NULL;
+    fl_image *target = NULL;
+    pthread_mutex_lock(&job->lock);
+    if (!job->running) {
+        snapshot = job->snapshot;
+        target = job->target;
+        job->snapshot = NULL;
+        job->target = NULL;
+    }
+    pthread_mutex_unlock(&job->lock);
+    if (snapshot)
+        snapshot_unref(snapshot);
+    image_unref(target);
+}
+
 static void leave(fl_backup *job)
 {
     pthread_mutex_lock(&job->lock);
@@ -193,7 +211,10 @@ static void leave(fl_backup *job)
     job_settle(job);
     pthread_cond_broadcast(&job->ended);
     pthread_cond_broadcast(&job->news);
+    bool closing = job->closing;
     pthread_mutex_unlock(&job->lock);
+    if (closing)
+        let_go(job);            /* close did not wait for us: nobody else does it before the job is freed */
 }
 
 static void *worker_main(void *argument)
@@ -439,21 +460,11 @@ int fl_backup_close(fl_backup *job, fl_error *error)
     pthread_mutex_unlock(&job->lock);
     bool first = gate_shut(&job->gate);         /* only who closes it first waits: a worker that hangs costs a second once */
 
-    fl_snapshot *snapshot = NULL;
-    fl_image *target = NULL;
     pthread_mutex_lock(&job->lock);
     while (first && job->running && now_ns() < deadline)
         cond_wait_until(&job->ended, &job->lock, deadline);
-    if (!job->running) {        /* else the last reference lets go of them */
-        snapshot = job->snapshot;
-        target = job->target;
-        job->snapshot = NULL;
-        job->target = NULL;
-    }
     pthread_mutex_unlock(&job->lock);
-    if (snapshot)
-        snapshot_unref(snapshot);
-    image_unref(target);
+    let_go(job);
     return 0;
 }
 

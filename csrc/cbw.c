@@ -229,10 +229,14 @@ static int read_source(const struct saving *saving, uint64_t first, uint64_t cou
         else
             iov[entries++] = (struct iovec){ memory, bytes };
     }
-    int rc = image_readv(snapshot->source, iov, entries, first << snapshot->shift, error);
-    if (rc)
+    uint64_t offset = first << snapshot->shift;
+    int rc = image_readv(snapshot->source, iov, entries, offset, error);
+    if (rc) {
         error->side = FL_SIDE_SOURCE;
-    return rc;
+        return rc;
+    }
+    full_fence();               /* the read, then the look at where the source ended: pairs with the one before a guest write that makes it longer again */
+    return snapshot_source_kept(snapshot, offset, MIN(count << snapshot->shift, snapshot->size - offset), error);
 }
 
 /* Are clusters [first, first + count) of the source a hole? */
@@ -242,7 +246,7 @@ static bool is_hole(fl_snapshot *snapshot, uint64_t first, uint64_t count)
     size_t found;
     uint64_t offset = first << snapshot->shift, bytes = MIN(count << snapshot->shift, snapshot->size - offset);
     return bytes >= LOOK_FOR_HOLES && image_extents(snapshot->source, offset, bytes, &extent, 1, &found, NULL) == 0 &&
-           extent.kind == FL_ZERO && extent.length == bytes;
+           extent.kind == FL_ZERO && extent.length == bytes && offset + bytes <= image_ends_at(snapshot->source);
 }
 
 /* Find the old data of a run of claimed clusters, and note in saving->found how that went. */

@@ -531,7 +531,7 @@ int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error)
     return 0;
 }
 
-#define READERS_GRACE_NS 500000000u     /* a read that hangs in the kernel is not waited for: it keeps its own reference and raises when it ends */
+#define READERS_GRACE_NS 200000000u     /* a read that hangs in the kernel is not waited for: it keeps its own reference and raises when it ends */
 
 int fl_snapshot_close(fl_snapshot *snapshot, fl_error *error)
 {

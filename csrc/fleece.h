@@ -264,7 +264,7 @@ int fl_backup_next(fl_backup *job, uint64_t timeout, fl_chunk *chunk, fl_error *
 int fl_backup_ack(fl_backup *job, uint64_t id, int discard, fl_error *error);
 /* Ask the job to end. Does not wait. */
 int fl_backup_cancel(fl_backup *job);
-/* Cancel, and wait up to a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
+/* Cancel, and wait up to half a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
 int fl_backup_close(fl_backup *job, fl_error *error);
 void fl_backup_free(fl_backup *job);
 

@@ -26,6 +26,9 @@ struct image_ops {
     /* As fl_image_extents; length and max are not 0. */
     int (*extents)(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
     uint64_t (*allocated)(fl_image *image);     /* bytes */
+    /* The least end that a read met before the image's size: what was behind it was cut off, and stays lost when the image is made longer again.
+       UINT64_MAX: none. NULL: the driver's images can't be cut off. */
+    uint64_t (*ends_at)(fl_image *image);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -72,6 +75,11 @@ int image_zero(fl_image *image, uint64_t count, uint64_t offset, fl_error *error
 int image_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);
 int image_flush(fl_image *image, fl_error *error);
 int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+
+static inline uint64_t image_ends_at(fl_image *image)
+{
+    return image->ops->ends_at ? image->ops->ends_at(image) : UINT64_MAX;
+}
 
 /* raw.c */
 int raw_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);

@@ -110,6 +110,9 @@ int io_fail_write(struct io *io, int code, uint64_t offset, size_t length, fl_er
 
 int io_fail_truncated(struct io *io, uint64_t end, uint64_t offset, uint64_t length, fl_error *error)
 {
+    uint64_t known = atomic_load(&io->ends_at);
+    while (end < known && !atomic_compare_exchange_weak(&io->ends_at, &known, end))
+        ;
     return fail(error, FL_ETRUNCATED, FL_SIDE_NONE, offset, length, "image '%s' ended at %llu, %llu expected: was it truncated?",
                 io->name, (unsigned long long)end, (unsigned long long)io->size);
 }
@@ -162,6 +165,7 @@ int io_flush(struct io *io, fl_error *error)
 static void reset(struct io *io, const char *name, bool writable)
 {
     memset(io, 0, sizeof *io);
+    atomic_init(&io->ends_at, UINT64_MAX);
     io->fd = io->direct_fd = -1;
     io->writable = writable;
     io->alignment = io->memory_alignment = 1;

@@ -32,6 +32,7 @@ struct io {
 
     /* atomic: what turned out not to work here, so as not to try it again */
     atomic_bool no_punch, no_zero_range, no_zeroout, no_discard;
+    _Atomic uint64_t ends_at;   /* the least end that was met where there should have been more; UINT64_MAX: none. It never grows again */
     atomic_int flush_error;     /* positive errno of a flush that lost buffered writes; 0: none did */
 
     pthread_rwlock_t edges;     /* direct only, see io_direct.c: held shared to write whole blocks, exclusively to write parts of blocks */

@@ -245,6 +245,11 @@ static int faulty_extents(fl_image *image, uint64_t offset, uint64_t length, fl_
     return operate(image, &c, error);
 }
 
+static uint64_t faulty_ends_at(fl_image *image)
+{
+    return image_ends_at(((struct faulty *)image)->inner);
+}
+
 static uint64_t faulty_allocated(fl_image *image)
 {
     fl_image *inner = ((struct faulty *)image)->inner;
@@ -278,7 +283,7 @@ static void faulty_destroy(fl_image *image)
 static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
-    .extents = faulty_extents, .allocated = faulty_allocated, .destroy = faulty_destroy,
+    .extents = faulty_extents, .allocated = faulty_allocated, .ends_at = faulty_ends_at, .destroy = faulty_destroy,
 };
 
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error)

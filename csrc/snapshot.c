@@ -149,6 +149,15 @@ static int refuse(const fl_snapshot *snapshot, enum cluster_state state, uint64_
     return fail(error, FL_EDISCARDED, FL_SIDE_NONE, offset, length, "the range at %llu was discarded from the snapshot", (unsigned long long)offset);
 }
 
+int snapshot_source_kept(const fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_error *error)
+{
+    uint64_t end = image_ends_at(snapshot->source);
+    if (LIKELY(offset + length <= end))
+        return 0;
+    return fail(error, FL_ETRUNCATED, FL_SIDE_SOURCE, offset, length, "image '%.200s' was truncated to %llu after the cut: what was behind that is lost",
+                snapshot->source->name, (unsigned long long)end);
+}
+
 /* I3, the second look, after [offset, offset + length) was read from the source or the store. 0: the bytes up to `*good` (bytes from offset) are the
    old data; less than all of them only where clusters were saved since. */
 static int look_again(fl_snapshot *snapshot, uint64_t offset, uint64_t length, bool from_source, uint64_t *good, fl_error *error)
@@ -169,7 +178,7 @@ static int look_again(fl_snapshot *snapshot, uint64_t offset, uint64_t length, b
         atomic_fetch_add_explicit(&snapshot->reads_repeated, 1, memory_order_relaxed);
         *good = (found << snapshot->shift) > offset ? (found << snapshot->shift) - offset : 0;
     }
-    return 0;
+    return *good ? snapshot_source_kept(snapshot, offset, *good, error) : 0;
 }
 
 /* Read a run of clusters that were all in `state` a moment ago. */
@@ -259,7 +268,9 @@ static int view_source(fl_snapshot *snapshot, uint64_t offset, uint64_t end, str
     view->end = last->offset + last->length;
     view->index = 0;
     full_fence();               /* I3: the states are looked at after the source was: pairs with the writer's, as in look_again */
-    return 0;
+    rc = snapshot_source_kept(snapshot, offset, 1, error);
+    view->end = MIN(view->end, image_ends_at(snapshot->source));
+    return rc;
 }
 
 /* Append what the view says of [offset, offset + length), up to where it, or the list, ends. Returns how much that is. */

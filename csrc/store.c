@@ -308,6 +308,10 @@ int store_read(struct store *store, void *buffer, size_t length, uint64_t offset
         struct piece pieces[READ_RUN];
         unsigned count = 0;
         pthread_mutex_lock(&store->lock);
+        if (store->aborted) {
+            pthread_mutex_unlock(&store->lock);
+            return STORE_HAS_NOT;
+        }
         while (length && count < READ_RUN) {
             uint64_t place = map_get(&store->map, offset >> store->shift);
             if (place == PLACE_NONE) {
@@ -322,10 +326,14 @@ int store_read(struct store *store, void *buffer, size_t length, uint64_t offset
             offset += part;
             length -= part;
         }
+        store->file_readers++;
         pthread_mutex_unlock(&store->lock);
         copy_pieces(store, pieces, count);
         int read_rc = read_pieces(store, pieces, count, error);
         rc = read_rc ? read_rc : rc;
+        pthread_mutex_lock(&store->lock);
+        store->file_readers--;
+        pthread_mutex_unlock(&store->lock);
     }
     return rc;
 }

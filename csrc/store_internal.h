@@ -42,7 +42,7 @@ struct store {
     uint32_t spill_above, spill_down_to;
     char *memory;
     size_t mapped;
-    fl_image *fleecing;         /* NULL: none */
+    fl_image *fleecing;         /* NULL: none. Until the spiller ends; used by it, by file_readers, and under the lock */
     uint64_t file_slots;        /* clusters that fit into the fleecing image, or below the limit */
 
     atomic_uint references;
@@ -53,6 +53,7 @@ struct store {
     bool closed, spiller_runs, spiller_sleeps;
     bool aborted;               /* set before `closed` */
     bool dismantled;
+    uint32_t file_readers;      /* readers that use `fleecing`, perhaps for ever */
 
     struct slot *slots;
     uint32_t free_head, fresh;  /* the free list, and the slots from `fresh` on, which were never used */

@@ -321,9 +321,17 @@ static void *spiller(void *argument)
     }
     if (!store->dismantled)
         dismantle(store);       /* an image that outlives us is left empty */
+    if (!store->file_readers) {
+        /* Given back here: closing a file of hung storage hangs, too, and store_close waits for us only so long. */
+        fl_image *fleecing = store->fleecing;
+        store->fleecing = NULL;
+        pthread_mutex_unlock(&store->lock);
+        image_untake(fleecing);
+        image_unref(fleecing);
+        pthread_mutex_lock(&store->lock);
+    }
     store->spiller_runs = false;
     pthread_cond_broadcast(&store->ended);
-    /* Whoever waits in store_close finds its own reference to be the last one: when that is gone, so is the fleecing image. */
     bool last = atomic_fetch_sub(&store->references, 1) == 1;
     pthread_mutex_unlock(&store->lock);
     if (last)

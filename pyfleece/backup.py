@@ -244,7 +244,6 @@ class Backup(Resource):
             result = self._make_result()
             if self._publishes:
                 self._target.publish()
-                self._check_cancelled()
             self._result = result
         except BaseException as error:
             self._target.abandon()
@@ -343,8 +342,9 @@ class Backup(Resource):
         self._check_process()
         if not self._started:
             return
+        waited = self._cancelled        # cancel() did
         self._ask_to_end()
-        self._done.wait(_CANCEL_WAIT)
+        self._done.wait(0 if waited else _CANCEL_WAIT)
         call(lib.fl_backup_close, self._job)
         if not self._publishes and self._done.is_set():
             self._target.abandon()

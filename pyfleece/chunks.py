@@ -31,13 +31,19 @@ class _Job:
         self.held: set[int] = set()         # the ids of chunks whose buffers are out; adding and discarding are atomic
 
 
+# The memory behind the buffers of living chunks that are not acknowledged, by the chunk's id(). Not in the chunk: in CPython
+# before 3.13 the garbage collector can clear a memoryview that another one was made of, when both are in one cycle (a
+# traceback makes such cycles), and then crashes.
+_exporters: dict[int, memoryview] = {}
+
+
 class Chunk:
     """A part of a snapshot, one granularity long (the last one may be shorter).
 
     `kind`: "data" or "zero". `buffer`: its bytes, read-only, or None for zeros. The buffer is valid until `ack`.
     """
 
-    __slots__ = ("_exporter", "_id", "_job", "buffer", "kind", "length", "offset")
+    __slots__ = ("_id", "_job", "buffer", "kind", "length", "offset")
 
     def __init__(self, job: _Job, raw: Any) -> None:
         self._job = job
@@ -46,14 +52,14 @@ class Chunk:
         self.length: int = raw.length
         self.kind = "data" if raw.kind == lib.FL_DATA else "zero"
         self.buffer: memoryview | None = None
-        self._exporter: memoryview | None = None
         if self.kind == "data":
             # The memory is the job's: every view of it keeps the job alive. Users get a view of a view, so that we
             # notice slices that they still hold when they acknowledge.
             handle = job.handle
             memory = ffi.gc(raw.buffer, lambda _: handle)
-            self._exporter = memoryview(ffi.buffer(memory, self.length)).toreadonly()
-            self.buffer = memoryview(pickle.PickleBuffer(self._exporter))
+            exporter = memoryview(ffi.buffer(memory, self.length)).toreadonly()
+            _exporters[id(self)] = exporter
+            self.buffer = memoryview(pickle.PickleBuffer(exporter))
 
     def ack(self, discard: bool = True) -> None:
         """Give the chunk back: its data is stored. With `discard` (and where the job discards at all) the snapshot
@@ -62,18 +68,23 @@ class Chunk:
         Raises BufferError, with nothing done, while something else still uses `buffer` (a slice of it, a numpy array,
         ...); `ArgumentError` when it was acknowledged before; `ClosedError` when the job was closed.
         """
-        if self._exporter is not None and self.buffer is not None:
+        exporter = _exporters.get(id(self))
+        if exporter is not None and self.buffer is not None:
             self.buffer.release()
             try:
-                self._exporter.release()
+                exporter.release()
             except BufferError:
-                self.buffer = memoryview(pickle.PickleBuffer(self._exporter))
+                self.buffer = memoryview(pickle.PickleBuffer(exporter))
                 raise BufferError(
                     f"the chunk at {self.offset} is still in use: release what was made of its buffer first"
                 ) from None
             self.buffer = None
+            _exporters.pop(id(self), None)
         call(lib.fl_backup_ack, self._job.handle, self._id, discard)
         self._job.held.discard(self._id)
+
+    def __del__(self) -> None:
+        _exporters.pop(id(self), None)
 
     def __repr__(self) -> str:
         return f"<Chunk {self.kind} offset={self.offset} length={self.length}>"

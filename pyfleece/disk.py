@@ -64,8 +64,9 @@ class Disk(Resource):
     def pwrite(self, data: Buffer, offset: int) -> int:
         """Write all of `data` at `offset`. Returns its length in bytes.
 
-        With the policy "break-guest-write" of a snapshot it raises `ImageError` when old data could not be saved;
-        nothing was written then (of more than 8 MiB: perhaps a part).
+        With the policy "break-guest-write" of a snapshot it raises `ImageError` when old data could not be saved. As
+        after any error, each part of the range then has the old or the new data: it goes through in pieces of up to
+        256 clusters, or half a stage.
         """
         return _binding.transfer(lib.fl_disk_pwrite, self._handle, data, offset, self._size, into=False)
 

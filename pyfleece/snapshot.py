@@ -201,11 +201,13 @@ class Snapshot(Resource):
         call(lib.fl_snapshot_commit, self._handle)
 
     def _close(self) -> None:
+        # First the image: its last user is then a thread of the snapshot's own, so that storage that hangs when a file is
+        # closed does not hang us.
         try:
-            call(lib.fl_snapshot_close, self._handle)
-        finally:
             if self._fleecing is not None and self._owns_fleecing:
                 self._fleecing.close()
+        finally:
+            call(lib.fl_snapshot_close, self._handle)
 
     def __repr__(self) -> str:
         return f"<Snapshot of {self._disk.source.name} ({self._size} bytes){' closed' if self._closed else ''}>"

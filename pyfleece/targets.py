@@ -23,6 +23,7 @@ from pyfleece.image import Image, Path
 TargetLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]", Image, Any]
 
 _ZEROS = memoryview(bytes(1 << 20))
+_REMOVAL_WAIT = 0.2         # seconds for a name to be removed; storage that hangs is not waited for
 
 
 class Target:
@@ -103,7 +104,12 @@ class NewFile(Target):
 
     def abandon(self) -> None:
         with self._lock:
-            self._removal()
+            removal = self._removal.detach()
+        if removal is not None:
+            # In a thread of its own: on storage that hangs, so does this.
+            remover = threading.Thread(target=removal[1], args=removal[2], name="pyfleece-remove", daemon=True)
+            remover.start()
+            remover.join(_REMOVAL_WAIT)
 
     def release(self) -> None:
         self.image.close()
