@@ -48,8 +48,8 @@ static bool counted_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uin
 
 #define CHUNK 8192u                     /* rounds between two resets, at most */
 #define OUTCOMES 4u                     /* of one side */
-#define PATIENCE 300u                   /* spins that a side waits for the other: it may have no processor */
-#define LONGER 20u                      /* a race that did not overlap goes on so many times as long: the machine is busy */
+#define PATIENCE 20000u                 /* spins that a side waits for the other, at most: it may have no processor */
+#define LONGER (10 * SECOND)            /* a race that did not overlap goes on for so long: the machine is busy */
 
 struct race {
     const char *name;
@@ -75,10 +75,12 @@ static pthread_barrier_t barrier;
 /* Close to the other side, if that runs now; then off by a random moment. */
 static void approach(uint64_t round, uint64_t *random)
 {
+    static _Thread_local unsigned patience = PATIENCE;
+    unsigned spins = 0;
     atomic_store_explicit(&place[my_side].at, round, memory_order_relaxed);
-    for (unsigned spins = 0; spins < PATIENCE; spins++)
-        if (atomic_load_explicit(&place[1 - my_side].at, memory_order_relaxed) >= round)
-            break;
+    while (spins < patience && atomic_load_explicit(&place[1 - my_side].at, memory_order_relaxed) < round)
+        spins++;
+    patience = spins < patience ? PATIENCE : patience / 2 + 1;
     for (volatile unsigned n = (unsigned)below(random, 24); n; n--)
         ;
 }
@@ -123,7 +125,7 @@ static void *race_side(void *argument)
             judge(race);
             if (race->verify)
                 race->verify();
-            over = now_ns() >= deadline && (count_overlaps(race) || now_ns() >= deadline + seconds_ns * LONGER);
+            over = now_ns() >= deadline && (count_overlaps(race) || now_ns() >= deadline + LONGER);
         }
         pthread_barrier_wait(&barrier);
     }
