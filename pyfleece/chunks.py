@@ -31,9 +31,9 @@ class _Job:
         self.held: set[int] = set()         # the ids of chunks whose buffers are out; adding and discarding are atomic
 
 
-# The memory behind the buffers of living chunks that are not acknowledged, by the chunk's id(). Not in the chunk: in CPython
-# before 3.13 the garbage collector can clear a memoryview that another one was made of, when both are in one cycle (a
-# traceback makes such cycles), and then crashes.
+# The memory behind the buffers of living chunks that are not acknowledged, by the chunk's id(). Not in the chunk: in
+# CPython before 3.13 the garbage collector can clear a memoryview that another one was made of, when both are in one
+# cycle (a traceback makes such cycles), and then crashes.
 _exporters: dict[int, memoryview] = {}
 
 

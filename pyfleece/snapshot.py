@@ -201,8 +201,8 @@ class Snapshot(Resource):
         call(lib.fl_snapshot_commit, self._handle)
 
     def _close(self) -> None:
-        # First the image: its last user is then a thread of the snapshot's own, so that storage that hangs when a file is
-        # closed does not hang us.
+        # First the image: its last user is then a thread of the snapshot's own, so that storage that hangs when a file
+        # is closed does not hang us.
         try:
             if self._fleecing is not None and self._owns_fleecing:
                 self._fleecing.close()

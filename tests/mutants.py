@@ -460,8 +460,8 @@ MUTANTS = [
     _mutant(
         "i7_close_waits_for_readers",
         "disk.c",
-        "#define READERS_GRACE_NS 500000000u",
-        "#define READERS_GRACE_NS 500000000000u",
+        "#define READERS_GRACE_NS 200000000u",
+        "#define READERS_GRACE_NS 200000000000u",
         "i7_close_while_a_reader_hangs",
     ),
     _mutant(

@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-
 import pytest
 from conftest import MIB, missing, require, run, wait_for
 from fault_kit import CLUSTER, POLICIES, STEP, Guest, Running, expect_empty, make_guest, nothing_left, timed, unreadable
