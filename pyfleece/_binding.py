@@ -148,17 +148,18 @@ def check_range(count: int, offset: int, size: int) -> None:
 def transfer(function: Callable[..., int], handle: Any, data: Buffer, offset: int, size: int, *, into: bool) -> int:
     """Read into or write from `data`, all of it, without copying it. Returns its length in bytes."""
     # from_buffer holds on to the owner, and refuses what is read-only or not contiguous; C gets no pointer that
-    # outlives `buffer`.
-    buffer = ffi.from_buffer(data, require_writable=into)
-    count = len(buffer)
-    offset = unsigned(offset, "offset")
-    if count <= PIECE:
-        call(function, handle, buffer, count, offset)
+    # outlives `buffer`. It lets go here, not when it is collected: the traceback of a failure can become part of a
+    # garbage cycle, where CPython before 3.13 crashes on a memoryview that is still in use.
+    with ffi.from_buffer(data, require_writable=into) as buffer:
+        count = len(buffer)
+        offset = unsigned(offset, "offset")
+        if count <= PIECE:
+            call(function, handle, buffer, count, offset)
+            return count
+        check_range(count, offset, size)
+        for done in range(0, count, PIECE):
+            call(function, handle, buffer + done, min(PIECE, count - done), offset + done)
         return count
-    check_range(count, offset, size)
-    for done in range(0, count, PIECE):
-        call(function, handle, buffer + done, min(PIECE, count - done), offset + done)
-    return count
 
 
 def read_bytes(function: Callable[..., int], handle: Any, count: int, offset: int, size: int) -> bytes:

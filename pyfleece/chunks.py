@@ -7,8 +7,8 @@ of their offsets, and acknowledges each chunk, in any order and from any thread,
 from __future__ import annotations
 
 import errno
-import pickle
 import time
+import weakref
 from typing import Any
 
 from pyfleece import _binding
@@ -31,19 +31,13 @@ class _Job:
         self.held: set[int] = set()         # the ids of chunks whose buffers are out; adding and discarding are atomic
 
 
-# The memory behind the buffers of living chunks that are not acknowledged, by the chunk's id(). Not in the chunk: in
-# CPython before 3.13 the garbage collector can clear a memoryview that another one was made of, when both are in one
-# cycle (a traceback makes such cycles), and then crashes.
-_exporters: dict[int, memoryview] = {}
-
-
 class Chunk:
     """A part of a snapshot, one granularity long (the last one may be shorter).
 
     `kind`: "data" or "zero". `buffer`: its bytes, read-only, or None for zeros. The buffer is valid until `ack`.
     """
 
-    __slots__ = ("_id", "_job", "buffer", "kind", "length", "offset")
+    __slots__ = ("_id", "_job", "_memory", "buffer", "kind", "length", "offset")
 
     def __init__(self, job: _Job, raw: Any) -> None:
         self._job = job
@@ -53,13 +47,11 @@ class Chunk:
         self.kind = "data" if raw.kind == lib.FL_DATA else "zero"
         self.buffer: memoryview | None = None
         if self.kind == "data":
-            # The memory is the job's: every view of it keeps the job alive. Users get a view of a view, so that we
-            # notice slices that they still hold when they acknowledge.
+            # The memory is the job's: every view of it keeps the job alive.
             handle = job.handle
-            memory = ffi.gc(raw.buffer, lambda _: handle)
-            exporter = memoryview(ffi.buffer(memory, self.length)).toreadonly()
-            _exporters[id(self)] = exporter
-            self.buffer = memoryview(pickle.PickleBuffer(exporter))
+            memory = ffi.buffer(ffi.gc(raw.buffer, lambda _: handle), self.length)
+            self._memory = weakref.ref(memory)
+            self.buffer = memoryview(memory).toreadonly()
 
     def ack(self, discard: bool = True) -> None:
         """Give the chunk back: its data is stored. With `discard` (and where the job discards at all) the snapshot
@@ -68,23 +60,17 @@ class Chunk:
         Raises BufferError, with nothing done, while something else still uses `buffer` (a slice of it, a numpy array,
         ...); `ArgumentError` when it was acknowledged before; `ClosedError` when the job was closed.
         """
-        exporter = _exporters.get(id(self))
-        if exporter is not None and self.buffer is not None:
-            self.buffer.release()
-            try:
-                exporter.release()
-            except BufferError:
-                self.buffer = memoryview(pickle.PickleBuffer(exporter))
+        if self.buffer is not None:
+            self.buffer.release()                   # BufferError: an array, say, was made of it
+            memory = self._memory()
+            if memory is not None:                  # a slice of it still holds on to that
+                self.buffer = memoryview(memory).toreadonly()
                 raise BufferError(
                     f"the chunk at {self.offset} is still in use: release what was made of its buffer first"
-                ) from None
+                )
             self.buffer = None
-            _exporters.pop(id(self), None)
         call(lib.fl_backup_ack, self._job.handle, self._id, discard)
         self._job.held.discard(self._id)
-
-    def __del__(self) -> None:
-        _exporters.pop(id(self), None)
 
     def __repr__(self) -> str:
         return f"<Chunk {self.kind} offset={self.offset} length={self.length}>"
