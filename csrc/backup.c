@@ -211,9 +211,9 @@ static void leave(fl_backup *job)
     job_settle(job);
     pthread_cond_broadcast(&job->ended);
     pthread_cond_broadcast(&job->news);
-    bool closing = job->closing;
+    bool closed = job->closed;
     pthread_mutex_unlock(&job->lock);
-    if (closing)
+    if (closed)
         let_go(job);            /* close did not wait for us: nobody else does it before the job is freed */
 }
 
@@ -375,7 +375,7 @@ int fl_backup_wait(fl_backup *job, uint64_t timeout, fl_error *error)
         if (job->closing) {
             rc = fail(error, FL_ECLOSED, FL_SIDE_NONE, 0, 0, "the backup job was closed");
         } else if (now_ns() >= deadline) {
-            rc = fail(error, ETIMEDOUT, FL_SIDE_NONE, 0, 0, "the backup still runs");
+            rc = fail(error, FL_ERUNNING, FL_SIDE_NONE, 0, 0, "the backup still runs");
         } else {
             cond_wait_until(&job->ended, &job->lock, slice_end(deadline));
             pthread_mutex_unlock(&job->lock);
@@ -461,6 +461,7 @@ int fl_backup_close(fl_backup *job, fl_error *error)
     bool first = gate_shut(&job->gate);         /* only who closes it first waits: a worker that hangs costs a second once */
 
     pthread_mutex_lock(&job->lock);
+    job->closed = true;
     while (first && job->running && now_ns() < deadline)
         cond_wait_until(&job->ended, &job->lock, deadline);
     pthread_mutex_unlock(&job->lock);

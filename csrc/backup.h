@@ -109,6 +109,7 @@ struct fl_backup {
     bool over;                  /* nothing will change any more: succeeded, or failed and no worker runs */
     bool cancelled;
     bool closing;               /* calls that wait return */
+    bool closed;                /* and all have: nobody but workers uses what the job holds */
     int failed;                 /* 0 or the first failure's code, as returned; `failure` has it all */
     fl_error failure;
     uint64_t failed_ns;         /* when it failed */

@@ -318,7 +318,7 @@ int fl_backup_next(fl_backup *job, uint64_t timeout, fl_chunk *chunk, fl_error *
             break;
         }
         if (now_ns() >= deadline) {
-            rc = fail(error, ETIMEDOUT, FL_SIDE_NONE, 0, 0, "no chunk is ready");
+            rc = fail(error, FL_ERUNNING, FL_SIDE_NONE, 0, 0, "no chunk is ready");
             break;
         }
         cond_wait_until(&job->news, &job->lock, slice_end(deadline));

@@ -34,7 +34,8 @@ enum fl_code {                  /* beyond errno's range; returned negated */
     FL_ETRUNCATED,              /* the image ended before its size: it was truncated under us */
     FL_ECANCELLED,              /* the job was cancelled */
     FL_EINTERRUPTED,            /* the interrupt hook asked to stop waiting; nothing was changed by the part that waited */
-    FL_EEND                     /* no more chunks */
+    FL_EEND,                    /* no more chunks */
+    FL_ERUNNING                 /* not done within the timeout (-ETIMEDOUT would be what some storage answered) */
 };
 
 enum fl_side { FL_SIDE_NONE, FL_SIDE_SOURCE, FL_SIDE_FLEECING, FL_SIDE_TARGET };
@@ -251,13 +252,13 @@ typedef struct fl_chunk {
 /* Copy to `target`, whose size is at least the snapshot's, in any order; or, where target is NULL, hand out chunks in the order of their
    offsets. The job runs in threads of its own, keeps snapshot and target alive, and discards in whole chunks. */
 int fl_backup_start(fl_snapshot *snapshot, fl_image *target, const fl_backup_options *options, fl_backup **job, fl_error *error);
-/* 0 when the job is done and succeeded; -ETIMEDOUT when it still runs; else the first failure (-FL_ECANCELLED after a cancel). */
+/* 0 when the job is done and succeeded; -FL_ERUNNING when it still runs; else the first failure (-FL_ECANCELLED after a cancel). */
 int fl_backup_wait(fl_backup *job, uint64_t timeout, fl_error *error);
 int fl_backup_progress(fl_backup *job, fl_progress *progress, fl_error *error);
 int fl_backup_set_speed(fl_backup *job, uint64_t speed, fl_error *error);
 /* Ranges that were skipped (FL_LOST, FL_DISCARDED), merged and in order, from the `index`th on; found is 0 at the end. */
 int fl_backup_lost(fl_backup *job, size_t index, fl_extent *extents, size_t max, size_t *found, fl_error *error);
-/* The next chunk in order: 0, -ETIMEDOUT, -FL_EEND after the last, or the first failure. */
+/* The next chunk in order: 0, -FL_ERUNNING, -FL_EEND after the last, or the first failure. */
 int fl_backup_next(fl_backup *job, uint64_t timeout, fl_chunk *chunk, fl_error *error);
 /* Give a chunk's buffer back; with `discard`, and where the job discards at all, discard its range from the snapshot. Any order. -EINVAL: not
    handed out. */

@@ -7,7 +7,6 @@ thread, in a wait that Ctrl-C interrupts at once.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -237,7 +236,7 @@ class Backup(Resource):
         try:
             if self._chunks is not None:
                 self._pump(self._chunks)
-            while call_code(lib.fl_backup_wait, self._job, _SLICE, expected=(-errno.ETIMEDOUT,)):
+            while call_code(lib.fl_backup_wait, self._job, _SLICE, expected=(-lib.FL_ERUNNING,)):
                 self._check_cancelled()
             self._target.seal()
             self._check_cancelled()
@@ -503,10 +502,21 @@ def backup_group(
                 failures[index] = error
         _wait_for_all(jobs, failures, all_or_nothing, report)
         if all_or_nothing:
-            for job in jobs:
-                job._publish()
+            _publish_all(jobs)
     results = [job._result for job in jobs]
     return GroupResult(uuid.uuid4(), results, time.monotonic() - begun, failures)
+
+
+def _publish_all(jobs: list[Backup]) -> None:
+    published: list[Backup] = []
+    try:
+        for job in jobs:
+            job._publish()
+            published.append(job)
+    except BaseException:
+        for job in published:
+            job._target.withdraw()
+        raise
 
 
 def _wait_for_all(

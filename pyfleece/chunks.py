@@ -6,7 +6,6 @@ of their offsets, and acknowledges each chunk, in any order and from any thread,
 
 from __future__ import annotations
 
-import errno
 import time
 import weakref
 from typing import Any
@@ -125,7 +124,7 @@ class Chunks(Resource):
         raw = ffi.new("fl_chunk *")
         since = time.monotonic()
         while True:
-            code = call_code(lib.fl_backup_next, job.handle, _SLICE, raw, expected=(-errno.ETIMEDOUT, -lib.FL_EEND))
+            code = call_code(lib.fl_backup_next, job.handle, _SLICE, raw, expected=(-lib.FL_ERUNNING, -lib.FL_EEND))
             if code == 0:
                 break
             if code == -lib.FL_EEND:

@@ -39,10 +39,13 @@ class Target:
         raise NotImplementedError
 
     def seal(self) -> None:
-        """All was written: make it durable."""
+        """All was written through `write`: make it durable. (C flushes an image.)"""
 
     def publish(self) -> None:
         """Make it visible under its own name."""
+
+    def withdraw(self) -> None:
+        """Take back the name that was just published: the group that it is part of failed."""
 
     def abandon(self) -> None:
         """Leave no name behind, unless it was published. By any thread, at any time, more than once; never waits for
@@ -60,9 +63,6 @@ class ImageTarget(Target):
         self.image: Image = image
         self._owned = owned
         self.is_zero = is_zero
-
-    def seal(self) -> None:
-        self.image.flush()
 
     def release(self) -> None:
         if self._owned:
@@ -87,9 +87,6 @@ class NewFile(Target):
         # Also at the interpreter's exit, when a background backup was forgotten.
         self._removal = weakref.finalize(self, _remove, self._partial, os.getpid())
 
-    def seal(self) -> None:
-        self.image.flush()
-
     def publish(self) -> None:
         with self._lock:
             if not self._removal.alive:
@@ -97,10 +94,17 @@ class NewFile(Target):
             try:
                 os.replace(self._partial, self._path)
                 self._removal.detach()
-                _sync_directory(os.path.dirname(self._path) or b".")
+                try:
+                    _sync_directory(os.path.dirname(self._path) or b".")
+                except OSError:
+                    self.withdraw()             # it failed, so nothing is there that could be taken for it
+                    raise
             except OSError as error:
                 what = f"cannot give the backup its name, {os.fsdecode(self._path)}"
                 raise from_os_error(error, what, side="target") from error
+
+    def withdraw(self) -> None:
+        _remove(self._path, os.getpid())
 
     def abandon(self) -> None:
         with self._lock:

@@ -52,6 +52,8 @@ class FaultyImage(Image):
         handle = _binding.make("fl_image **", lib.fl_image_free, lib.fl_image_faulty, image._handle)
         super().__init__(handle, f"faulty {image.name}", image.path)
         self._inner = image
+        # Not dropped by close(): what the layers above left hanging can be let go after it.
+        self._faults = handle
 
     @property
     def inner(self) -> Image:
@@ -118,20 +120,20 @@ class FaultyImage(Image):
 
     def resume(self) -> None:
         """Let go of all operations that hang now."""
-        self._check(lib.fl_fault_resume(self._handle))
+        self._check(lib.fl_fault_resume(self._faults))
 
     def clear(self) -> None:
         """Forget all rules, and let go of what hangs."""
-        self._check(lib.fl_fault_clear(self._handle))
+        self._check(lib.fl_fault_clear(self._faults))
 
     def seen(self, *ops: str) -> int:
         """How many operations of these kinds there were so far, hit or not."""
-        return int(lib.fl_fault_seen(self._handle, _bits(ops)))
+        return int(lib.fl_fault_seen(self._faults, _bits(ops)))
 
     @property
     def hanging(self) -> int:
         """How many operations hang now."""
-        return int(lib.fl_fault_hanging(self._handle))
+        return int(lib.fl_fault_hanging(self._faults))
 
     def _add(
         self,

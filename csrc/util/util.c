@@ -91,13 +91,13 @@ int thread_start(void *(*body)(void *), void *argument, const char *name)
 
 static const char *const own_names[] = {
     "snapshot broken", "already discarded", "lost", "outside the dirty bitmap", "beyond the end", "closed",
-    "belongs to the parent process", "in use", "bad format", "truncated", "cancelled", "interrupted", "no more chunks",
+    "belongs to the parent process", "in use", "bad format", "truncated", "cancelled", "interrupted", "no more chunks", "still running",
 };
 
 const char *fl_strerror(int code)
 {
     int positive = code < 0 ? -code : code;
-    if (positive >= FL_EBROKEN && positive <= FL_EEND)
+    if (positive >= FL_EBROKEN && positive <= FL_ERUNNING)
         return own_names[positive - FL_EBROKEN];
     const char *name = strerrordesc_np(positive);
     return name ? name : "unknown error";

@@ -90,7 +90,7 @@ static void *releaser_body(void *argument)
 static int backup_end(struct shot *s, fl_backup *job, bool cancelled)
 {
     int rc;
-    while ((rc = fl_backup_wait(job, 100 * MILLISECOND, &why)) == -ETIMEDOUT)
+    while ((rc = fl_backup_wait(job, 100 * MILLISECOND, &why)) == -FL_ERUNNING)
         ;
     if (rc == -FL_ECANCELLED) {
         CHECK(cancelled, "%s: the backup was cancelled by nobody", s->name);
@@ -119,7 +119,7 @@ static void take_chunks(struct shot *s, fl_backup *job, unsigned buffers, bool c
         if (rc == -FL_EEND)
             break;
         fl_chunk chunk;
-        while ((rc = fl_backup_next(job, 100 * MILLISECOND, &chunk, &why)) == -ETIMEDOUT)
+        while ((rc = fl_backup_next(job, 100 * MILLISECOND, &chunk, &why)) == -FL_ERUNNING)
             ;
         if (rc == 0) {
             CHECK(chunk.offset >= covered && chunk.length && chunk.offset + chunk.length <= DISK_SIZE,

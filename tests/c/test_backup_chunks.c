@@ -63,7 +63,7 @@ static void *consume(void *argument)
             continue;
         }
         rc = fl_backup_next(c->job, 20 * MILLISECOND, &chunk, &why);
-        if (rc == -ETIMEDOUT) {                                 /* other consumers may hold what is needed; give back something */
+        if (rc == -FL_ERUNNING) {                                 /* other consumers may hold what is needed; give back something */
             for (size_t i = 0; i < count; i++) {
                 check_chunk(c, &kept[i]);
                 MUST(fl_backup_ack(c->job, kept[i].id, 1, &why));
@@ -145,13 +145,13 @@ static void test_chunks_with_one_buffer_left(void)
     }
     MUST(fl_backup_next(job, SECOND, &chunk, &why));
     EXPECT(FL_EEND, fl_backup_next(job, 0, &kept[3], &why));
-    EXPECT(ETIMEDOUT, fl_backup_wait(job, 10 * MILLISECOND, &why));     /* not acknowledged */
+    EXPECT(FL_ERUNNING, fl_backup_wait(job, 10 * MILLISECOND, &why));     /* not acknowledged */
     CHECK(progress_of(job).done == 28 * MIB && progress_of(job).finished, "done");
     for (int i = 0; i < 3; i++) {
         CHECK(!memcmp(kept[i].buffer, fake->bytes + kept[i].offset, MIB), "a buffer that was kept has changed");
         MUST(fl_backup_ack(job, kept[i].id, 0, &why));
     }
-    EXPECT(ETIMEDOUT, fl_backup_wait(job, 0, &why));
+    EXPECT(FL_ERUNNING, fl_backup_wait(job, 0, &why));
     MUST(fl_backup_ack(job, chunk.id, 0, &why));
     MUST(fl_backup_wait(job, SECOND, &why));
     end(job);
@@ -159,7 +159,7 @@ static void test_chunks_with_one_buffer_left(void)
     job = start(fake, NULL, (fl_backup_options){ .buffers = 2 });
     MUST(fl_backup_next(job, SECOND, &kept[0], &why));
     MUST(fl_backup_next(job, SECOND, &kept[1], &why));
-    EXPECT(ETIMEDOUT, fl_backup_next(job, 30 * MILLISECOND, &chunk, &why));
+    EXPECT(FL_ERUNNING, fl_backup_next(job, 30 * MILLISECOND, &chunk, &why));
     end(job);                   /* with chunks out */
     fake_free(fake);
 }
@@ -288,7 +288,7 @@ static void test_chunks_cancelled(void)
     end(job);
 
     job = start(fake, NULL, (fl_backup_options){ .speed = 4096, .skip_lost = 1 });      /* workers that sleep */
-    EXPECT(ETIMEDOUT, fl_backup_next(job, 20 * MILLISECOND, &chunk, &why));
+    EXPECT(FL_ERUNNING, fl_backup_next(job, 20 * MILLISECOND, &chunk, &why));
     end(job);
     fake_free(fake);
 }
