@@ -73,7 +73,7 @@ static bool hits(struct rule *rule)
 }
 
 /* Count the operation, and find what is to be done to it. false: nothing. */
-static bool consult(struct faulty *w, int op, uint64_t offset, uint64_t length, fl_fault *fault)
+static bool consult(struct faulty *w, int op, uint64_t offset, uint64_t length, fl_fault *fault, uint64_t *resumes)
 {
     bool hit = false;
     pthread_mutex_lock(&w->lock);
@@ -84,16 +84,17 @@ static bool consult(struct faulty *w, int op, uint64_t offset, uint64_t length, 
             hit = true;
         }
     }
+    *resumes = w->resumes;
     pthread_mutex_unlock(&w->lock);
     return hit;
 }
 
-static void hang(struct faulty *w)
+/* Unless it was let go since it was hit, when there had been `resumes`. */
+static void hang(struct faulty *w, uint64_t resumes)
 {
     pthread_mutex_lock(&w->lock);
-    uint64_t before = w->resumes;
     w->hanging++;
-    while (w->resumes == before)
+    while (w->resumes == resumes)
         pthread_cond_wait(&w->resumed, &w->lock);
     w->hanging--;
     pthread_mutex_unlock(&w->lock);
@@ -178,8 +179,9 @@ static int operate(fl_image *image, const struct call *c, fl_error *error)
 {
     struct faulty *w = (struct faulty *)image;
     fl_fault fault = { 0 };
+    uint64_t resumes;
     int rc;
-    if (!consult(w, c->op, c->offset, c->length, &fault))
+    if (!consult(w, c->op, c->offset, c->length, &fault, &resumes))
         return run(w->inner, c, error);
     switch (fault.action) {
     case FL_FAULT_ERROR:
@@ -190,11 +192,11 @@ static int operate(fl_image *image, const struct call *c, fl_error *error)
         delay(fault.delay_ns);
         return run(w->inner, c, error);
     case FL_FAULT_HANG:
-        hang(w);
+        hang(w, resumes);
         return run(w->inner, c, error);
     default:
         rc = run(w->inner, c, error);
-        hang(w);
+        hang(w, resumes);
         return rc;
     }
 }

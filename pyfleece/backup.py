@@ -100,6 +100,7 @@ class Backup(Resource):
         self._final: Progress | None = None
         # Set by cancel(), before it tells C.
         self._cancelled = False
+        self._waited = False            # cancel() did, as long as it may
 
     @property
     def snapshot(self) -> Snapshot:
@@ -162,6 +163,7 @@ class Backup(Resource):
         if not self._started:
             return True
         self._ask_to_end()
+        self._waited = True
         return self._done.wait(_CANCEL_WAIT)
 
     @property
@@ -341,9 +343,8 @@ class Backup(Resource):
         self._check_process()
         if not self._started:
             return
-        waited = self._cancelled        # cancel() did
         self._ask_to_end()
-        self._done.wait(0 if waited else _CANCEL_WAIT)
+        self._done.wait(0 if self._waited else _CANCEL_WAIT)
         call(lib.fl_backup_close, self._job)
         if not self._publishes and self._done.is_set():
             self._target.abandon()
