@@ -1,0 +1,144 @@
+/* first_touch.c: what the first write to each cluster costs, beside a plain write and beside the bare minimum, in one run.
+ *
+ *   first_touch FILE FLEECING_DIR MIB WRITE_SIZE CLUSTER_SIZE STAGE_MIB random|sequential ROUNDS
+ *
+ * FILE is made, and removed. Each round runs, on the same file and in the same order of offsets:
+ *   plain   pwrite
+ *   idle    fl_disk_pwrite with no snapshot alive
+ *   bare    pread the cluster, pwrite it to a scratch file, pwrite: copy-before-write in the writer's thread, with no bookkeeping at all
+ *   first   fl_disk_pwrite right after a cut: every cluster is touched for the first time
+ *   again   the same writes once more: every cluster was saved before
+ * and prints a line of JSON with the writes per second of each. Nobody syncs; all are buffered.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../csrc/fleece.h"
+
+#define MAX_DATA ((size_t)1 << 20)       /* the largest write */
+
+static void check(int rc, const char *what, const fl_error *error)
+{
+    if (rc) {
+        fprintf(stderr, "%s: %s\n", what, error->text);
+        exit(1);
+    }
+}
+
+static void check_io(ssize_t done, size_t wanted, const char *what)
+{
+    if (done != (ssize_t)wanted) {
+        perror(what);
+        exit(1);
+    }
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+struct run { uint64_t *offsets; size_t count, size; const char *data; };
+
+static double plain(const struct run *run, int fd)
+{
+    double start = seconds();
+    for (size_t i = 0; i < run->count; i++)
+        check_io(pwrite(fd, run->data, run->size, (off_t)run->offsets[i]), run->size, "pwrite");
+    return (double)run->count / (seconds() - start);
+}
+
+static double bare(const struct run *run, int fd, int scratch, size_t cluster)
+{
+    size_t whole = run->size > cluster ? run->size : cluster;
+    char *old = malloc(whole);
+    uint64_t end = 0;
+    double start = seconds();
+    for (size_t i = 0; i < run->count; i++, end += whole) {
+        uint64_t first = run->offsets[i] / cluster * cluster;
+        check_io(pread(fd, old, whole, (off_t)first), whole, "pread");
+        check_io(pwrite(scratch, old, whole, (off_t)end), whole, "pwrite");
+        check_io(pwrite(fd, run->data, run->size, (off_t)run->offsets[i]), run->size, "pwrite");
+    }
+    double rate = (double)run->count / (seconds() - start);
+    free(old);
+    return rate;
+}
+
+static double ours(const struct run *run, fl_disk *disk)
+{
+    fl_error error;
+    double start = seconds();
+    for (size_t i = 0; i < run->count; i++)
+        check(fl_disk_pwrite(disk, run->data, run->size, run->offsets[i], &error), "write", &error);
+    return (double)run->count / (seconds() - start);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 9) {
+        fprintf(stderr, "usage: first_touch FILE FLEECING_DIR MIB WRITE_SIZE CLUSTER_SIZE STAGE_MIB random|sequential ROUNDS\n");
+        return 2;
+    }
+    const char *path = argv[1], *dir = argv[2];
+    uint64_t size = strtoull(argv[3], NULL, 10) << 20, stage = strtoull(argv[6], NULL, 10) << 20;
+    size_t write_size = strtoul(argv[4], NULL, 10), cluster = strtoul(argv[5], NULL, 10);
+    size_t step = write_size > cluster ? write_size : cluster;          /* so that each write is the first to its clusters */
+    char *data = malloc(MAX_DATA);
+    fl_error error;
+    fl_image *image;
+    fl_disk *disk;
+
+    for (size_t i = 0; i < MAX_DATA; i++)
+        data[i] = (char)rand();
+    fl_image_options options = { "raw", 1, 0, 1 };
+    check(fl_image_create(path, size, &options, &image, &error), "create", &error);
+    for (uint64_t at = 0; at < size; at += MAX_DATA)
+        check(fl_image_pwrite(image, data, MAX_DATA, at, &error), "fill", &error);
+    check(fl_disk_open(image, &disk, &error), "disk", &error);
+    int fd = open(path, O_RDWR | O_CLOEXEC), scratch = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0 || scratch < 0) {
+        perror("open");
+        return 1;
+    }
+    struct run run = { malloc(size / step * sizeof(uint64_t)), size / step, write_size, data };
+    for (size_t i = 0; i < run.count; i++)
+        run.offsets[i] = i * step;
+    if (!strcmp(argv[7], "random"))
+        for (size_t i = run.count - 1; i > 0; i--) {
+            size_t j = ((size_t)rand() << 16 ^ (size_t)rand()) % (i + 1);
+            uint64_t swap = run.offsets[i];
+            run.offsets[i] = run.offsets[j];
+            run.offsets[j] = swap;
+        }
+
+    for (int round = 0, rounds = atoi(argv[8]); round < rounds; round++) {
+        double rate_plain = plain(&run, fd), rate_idle = ours(&run, disk), rate_bare = bare(&run, fd, scratch, cluster);
+        fl_image *fleecing;
+        fl_snapshot *snapshot;
+        fl_stats stats;
+        if (ftruncate(scratch, 0) != 0)
+            perror("ftruncate");
+        check(fl_image_create_nameless(dir, UINT64_C(1) << 40, &fleecing, &error), "fleecing", &error);
+        fl_snapshot_options cut = { .cluster_size = (uint32_t)cluster, .cbw_timeout = UINT64_C(45000000000), .stage_size = stage, .fleecing = fleecing };
+        check(fl_snapshot_cut(&disk, &cut, 1, &snapshot, &error), "cut", &error);
+        double rate_first = ours(&run, disk), rate_again = ours(&run, disk);
+        check(fl_snapshot_stats(snapshot, &stats, &error), "stats", &error);
+        printf("{\"plain\": %.0f, \"idle\": %.0f, \"bare\": %.0f, \"first\": %.0f, \"again\": %.0f, \"spilled\": %llu, \"waits\": %llu}\n", rate_plain,
+               rate_idle, rate_bare, rate_first, rate_again, (unsigned long long)stats.bytes_spilled, (unsigned long long)stats.room_waits);
+        fflush(stdout);
+        fl_snapshot_free(snapshot);
+        fl_image_free(fleecing);
+    }
+    fl_disk_free(disk);
+    fl_image_free(image);
+    unlink(path);
+    return 0;
+}
