@@ -274,7 +274,9 @@ class Backup(Resource):
 
     def _tidy(self) -> None:
         """End the C job, which holds on to snapshot and target. What fails here adds nothing to what is known."""
-        for step in (self._keep_progress, self._close_job, self._target.release if self._publishes else None):
+        # A group releases the targets of jobs that succeeded, when it has published them.
+        release = self._target.release if self._publishes or self._failure is not None else None
+        for step in (self._keep_progress, self._close_job, release):
             try:
                 if step is not None:
                     step()

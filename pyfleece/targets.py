@@ -90,7 +90,7 @@ class NewFile(Target):
     def publish(self) -> None:
         with self._lock:
             if not self._removal.alive:
-                return                          # abandoned meanwhile
+                raise CancelledError("the backup was cancelled")
             try:
                 os.replace(self._partial, self._path)
                 self._removal.detach()
