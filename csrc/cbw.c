@@ -235,7 +235,6 @@ static int read_source(const struct saving *saving, uint64_t first, uint64_t cou
         error->side = FL_SIDE_SOURCE;
         return rc;
     }
-    full_fence();               /* the read, then the look at where the source ended: pairs with the one before a guest write that makes it longer again */
     return snapshot_source_kept(snapshot, offset, MIN(count << snapshot->shift, snapshot->size - offset), error);
 }
 

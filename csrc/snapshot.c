@@ -151,6 +151,7 @@ static int refuse(const fl_snapshot *snapshot, enum cluster_state state, uint64_
 
 int snapshot_source_kept(const fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_error *error)
 {
+    full_fence();               /* the read, then the look at where the source ended: pairs with change_piece's, before a write that makes it longer again */
     uint64_t end = image_ends_at(snapshot->source);
     if (LIKELY(offset + length <= end))
         return 0;
@@ -267,7 +268,7 @@ static int view_source(fl_snapshot *snapshot, uint64_t offset, uint64_t end, str
     view->offset = offset;
     view->end = last->offset + last->length;
     view->index = 0;
-    full_fence();               /* I3: the states are looked at after the source was: pairs with the writer's, as in look_again */
+    /* I3: the states are looked at after the source was: the fence in here pairs with the writer's, as that of look_again does. */
     rc = snapshot_source_kept(snapshot, offset, 1, error);
     view->end = MIN(view->end, image_ends_at(snapshot->source));
     return rc;

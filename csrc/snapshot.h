@@ -64,7 +64,7 @@ static inline uint32_t snapshot_cluster_bytes(const fl_snapshot *snapshot, uint6
     uint64_t rest = snapshot->size - (cluster << snapshot->shift);
     return (uint32_t)MIN(rest, snapshot->cluster_size);
 }
-/* Was none of it cut off since, as far as is known? To be asked after the source was read and a full fence: what a guest write makes of a file that was
+/* Was none of it cut off since, as far as is known? To be asked after the source was read: what a guest write makes of a file that was
    truncated reads as zeros. 0 or -FL_ETRUNCATED. */
 int snapshot_source_kept(const fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_error *error);
 /* From now on nothing can be read; the first cause is kept. Visible to every reader when this returns (after a full fence). */

@@ -54,21 +54,30 @@ class FaultMachine(DiskMachine):
     @precondition(lambda self: self.cuts)
     @rule(
         number=which,
-        action=st.sampled_from(("fail", "full", "short", "split", "slow", "no discard", "damage")),
+        action=st.sampled_from(
+            ("hang", "hang after", "fail", "full", "short", "split", "slow", "no discard", "damage")
+        ),
         nth=st.integers(1, 3),
         times=st.integers(1, 3),
         place=st.tuples(offsets, st.sampled_from((1, 5000, 100_000))),
     )
     def fleecing_fails(self, number: int, action: str, nth: int, times: int, place: tuple[int, int]) -> None:
         """Spills that fail are tried again: nobody notices while there is room. What somebody else wrote to the
-        fleecing image is not taken for old data.
+        fleecing image is not taken for old data. A spill that hangs is waited for by nobody.
         """
         cut = self.pick_faulty(number)
         if cut is None:
             return
         image, inner = cut.scratch.faulty, cut.scratch.inner
         assert image is not None and inner is not None
-        if action == "fail":
+        if action.startswith("hang"):
+            # Only the stage is left from there on.
+            if not cut.hung_spill and (cut.setup.timeout < PATIENT or cut.setup.slots >= cut.clusters):
+                self.unpark(lambda parked: parked.image is not image)
+                image.clear()
+                image.hang("write", after=action == "hang after")
+                cut.hung_spill = True
+        elif action == "fail":
             image.fail("write", error=errno.EIO, nth=nth, times=times)
         elif action == "full":
             image.fail("write", error=errno.ENOSPC, nth=nth, times=times)
@@ -112,20 +121,6 @@ class FaultMachine(DiskMachine):
             self.parked.append(parked)
         else:
             parked.let_go()
-
-    @precondition(lambda self: self.cuts)
-    @rule(number=which, after=st.booleans())
-    def hang_spill(self, number: int, after: bool) -> None:
-        """The next spill hangs: only the stage is left."""
-        cut = self.pick_faulty(number)
-        if cut is None or cut.hung_spill:
-            return
-        assert cut.scratch.faulty is not None
-        if cut.setup.timeout < PATIENT or cut.setup.slots >= cut.clusters:
-            self.unpark(lambda parked: parked.image is not cut.scratch.faulty)
-            cut.scratch.faulty.clear()
-            cut.scratch.faulty.hang("write", after=after)
-            cut.hung_spill = True
 
     @rule(
         number=which,

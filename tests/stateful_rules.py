@@ -59,8 +59,7 @@ setups = st.builds(
     policy=st.sampled_from((BREAK, FAIL, LOSE)),
     timeout=st.sampled_from((0.0, 0.02, PATIENT)),
 )
-moves = st.sampled_from(("set", "end", "by", "read", "readinto"))
-sides = st.sampled_from(("source", "fleecing"))
+moves = st.sampled_from(("set", "end", "by", "read", "readinto", "rest"))
 NAMES = ("a", "b", "täglich")
 names = st.sampled_from(("a", *NAMES))
 granularities = st.sampled_from((4096, 16384, 65536, 65536, 1 << 20))
@@ -98,7 +97,7 @@ class DiskMachine(RuleBasedStateMachine):
         seeds=st.tuples(st.integers(0, 5), st.integers(0, 5)),
         granularity=granularities,
         raw=st.lists(raw_changes, max_size=5),
-        cuts=st.lists(st.tuples(which, setups, st.booleans()), min_size=1, max_size=4),
+        cuts=st.lists(st.tuples(which, setups, st.booleans()), min_size=1, max_size=3),
     )
     def make(self, seeds: tuple[int, int], granularity: int, raw: list[Raw], cuts: list[Any]) -> None:
         """Two disks, with snapshots: without them little happens."""
@@ -203,6 +202,20 @@ class DiskMachine(RuleBasedStateMachine):
         guest = self.guest(number)
         guest.change([made(each, 0, guest.size) for each in raw])
 
+    @rule(
+        number=which,
+        first=offsets,
+        steps=st.integers(3, 40),
+        stride=st.sampled_from((BLOCK, BLOCK, 5000, 2 * BLOCK, 65536 + 512)),
+        raw=raw_changes,
+    )
+    def sweep(self, number: int, first: int, steps: int, stride: int, raw: Raw) -> None:
+        """Many clusters, one after the other."""
+        guest = self.guest(number)
+        kind, _, count, fill = raw
+        places = [(first + step * stride) % guest.size for step in range(steps)]
+        guest.change([made((kind, at, count % 6000, fill), 0, guest.size) for at in places])
+
     @rule(number=which, raw=st.lists(raw_changes, min_size=1, max_size=6), first=offsets, length=counts)
     def write_in_one_place(self, number: int, raw: list[Raw], first: int, length: int) -> None:
         guest = self.guest(number)
@@ -242,8 +255,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     # ---- cuts ----
 
-    def dirty_for(self, guest: Guest, name: str, setup: Setup) -> Dirty | None:
-        dirty = guest.dirties.get(name)
+    def dirty_for(self, guest: Guest, name: str | None, setup: Setup) -> Dirty | None:
+        dirty = guest.dirties.get(name or "")
         return dirty if dirty and not dirty.frozen_by and dirty.granularity >= setup.cluster else None
 
     def make_room(self, guest: Guest) -> None:
@@ -255,20 +268,26 @@ class DiskMachine(RuleBasedStateMachine):
 
     def cut_one(self, guest: Guest, setup: Setup, name: str | None) -> None:
         self.make_room(guest)
-        dirty = self.dirty_for(guest, name, setup) if name is not None else None
-        guest.cut(self.settle_setup(setup, guest), self.directory, dirty)
+        guest.cut(self.settle_setup(setup, guest), self.directory, self.dirty_for(guest, name, setup))
 
-    @rule(number=which, setup=setups, name=st.one_of(st.none(), names))
-    def cut(self, number: int, setup: Setup, name: str | None) -> None:
-        self.cut_one(self.guest(number), setup, name)
+    @rule(
+        number=which,
+        setup=setups,
+        name=st.one_of(st.none(), names),
+        group=st.sampled_from(("", "", "", "group", "group after a failure")),
+    )
+    def cut(self, number: int, setup: Setup, name: str | None, group: str) -> None:
+        if group:
+            self.cut_group(setup, name, group == "group after a failure")
+        else:
+            self.cut_one(self.guest(number), setup, name)
 
-    @rule(setup=setups, name=st.tuples(names, names), incremental=st.booleans(), fails=st.booleans())
-    def cut_group(self, setup: Setup, name: tuple[str, str], incremental: bool, fails: bool) -> None:
+    def cut_group(self, setup: Setup, name: str | None, fails: bool) -> None:
         guests = self.guests
         for guest in guests:
             self.make_room(guest)
             setup = self.settle_setup(setup, guest)
-        dirties = [self.dirty_for(g, n, setup) if incremental else None for g, n in zip(guests, name)]
+        dirties = [self.dirty_for(guest, name, setup) for guest in guests]
         scratches = [guest.prepare(setup, self.directory) for guest in guests]
         options = cut_options(setup, scratches[0], None)
         options["fleecing"] = [scratch.options.get("fleecing") for scratch in scratches]
@@ -290,31 +309,44 @@ class DiskMachine(RuleBasedStateMachine):
     # ---- reading snapshots ----
 
     @precondition(lambda self: self.cuts)
-    @rule(number=which, offset=offsets, count=counts)
-    def snapshot_read(self, number: int, offset: int, count: int) -> None:
+    @rule(
+        number=which,
+        offset=offsets,
+        count=counts,
+        moves=st.lists(st.tuples(moves, offsets, counts), max_size=8),
+        fails=st.sampled_from(("", "source", "fleecing")),
+        nth=st.integers(1, 2),
+    )
+    def snapshot_read(
+        self, number: int, offset: int, count: int, moves: list[tuple[str, int, int]], fails: str, nth: int
+    ) -> None:
         cut = self.pick(number)
         offset, count = clip(offset, count, 0, cut.size)
-        cut.read(offset, count)
+        if fails:
+            self.read_fails(cut, offset, count, fails, nth)
         buffer = bytearray(count)
         done = attempt(cut.real.readinto, buffer, offset)
         cut.judge(buffer if done == count else done, offset, count)
         cut.verify_extents(offset, count)
         with pytest.raises(pyfleece.OutOfRangeError):
             cut.real.pread(cut.size - offset + 1, offset)
+        if cut.live:
+            self.read_as_file(cut, moves)
+        else:
+            assert isinstance(attempt(cut.real.open), cut.gone)
 
-    @precondition(lambda self: self.cuts)
-    @rule(
-        number=which,
-        moves=st.lists(st.tuples(moves, offsets, counts), max_size=8),
-        rest=st.booleans(),
-    )
-    def snapshot_file(self, number: int, moves: list[tuple[str, int, int]], rest: bool) -> None:
+    def read_fails(self, cut: Cut, offset: int, count: int, side: str, nth: int) -> None:
+        """An error of either side is raised by the read that it hit, and does no harm."""
+        image = cut.guest.source if side == "source" else cut.scratch.faulty
+        if image is not None and not self.is_busy(cut.guest):
+            self.calm(cut.guest)
+            image.fail("read", error=errno.EIO, nth=nth)
+            cut.read(offset, count, side)
+            image.clear()
+            cut.read(offset, count)
+
+    def read_as_file(self, cut: Cut, moves: list[tuple[str, int, int]]) -> None:
         """A file over it behaves as a file of the bytes of the cut."""
-        cut = self.pick(number)
-        if not cut.live:
-            with pytest.raises((pyfleece.SnapshotBrokenError, pyfleece.ClosedError)):
-                cut.real.open()
-            return
         position = 0
         with cut.real.open() as file:
             for move, offset, count in moves:
@@ -327,35 +359,19 @@ class DiskMachine(RuleBasedStateMachine):
                 elif move == "by":
                     position = file.seek(count, io.SEEK_CUR)
                 else:
+                    count = cut.size if move == "rest" else count
                     expected = max(min(count, cut.size - position), 0)
-                    if move == "read":
-                        data = attempt(file.read, count)
+                    data = bytearray(count)
+                    if move == "readinto":
+                        done = attempt(file.readinto, data)
+                        data = data[:done] if isinstance(done, int) else done
                     else:
-                        buffer = bytearray(count)
-                        data = attempt(file.readinto, buffer)
-                        data = buffer[:data] if isinstance(data, int) else data
+                        data = attempt(file.read, *([count] if move == "read" else []))
                     if expected == 0:
                         assert data == b""
                     elif cut.judge(data, position, expected):
                         position += expected
                 assert file.tell() == position
-            if rest and position < cut.size:
-                cut.judge(attempt(file.read), position, cut.size - position)
-
-    @precondition(lambda self: self.cuts)
-    @rule(number=which, offset=offsets, count=counts, side=sides, nth=st.integers(1, 2))
-    def snapshot_read_fails(self, number: int, offset: int, count: int, side: str, nth: int) -> None:
-        """An error of either side is raised by the read that it hit, and does no harm."""
-        cut = self.pick(number)
-        image = cut.guest.source if side == "source" else cut.scratch.faulty
-        if image is None or cut.closed or self.is_busy(cut.guest):
-            return
-        self.calm(cut.guest)
-        offset, count = clip(offset, count, 0, cut.size)
-        image.fail("read", error=errno.EIO, nth=nth)
-        cut.read(offset, count, side)
-        image.clear()
-        cut.read(offset, count)
 
     # ---- discarding ----
 

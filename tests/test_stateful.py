@@ -47,22 +47,37 @@ class Machine(FaultMachine):
     @precondition(lambda self: self.cuts)
     @rule(
         number=which,
-        kind=st.sampled_from(KINDS),
+        kind=st.sampled_from((*KINDS, "group")),
         granules=granules,
         workers=st.integers(1, 4),
         discard=st.booleans(),
         skip=st.sampled_from((None, False, True)),
+        fails=st.sampled_from(("", "", "source", "target")),
+        nth=st.integers(1, 9),
     )
-    def backup(self, number: int, kind: str, granules: int, workers: int, discard: bool, skip: bool | None) -> None:
-        """From beginning to end."""
+    def backup(
+        self,
+        number: int,
+        kind: str,
+        granules: int,
+        workers: int,
+        discard: bool,
+        skip: bool | None,
+        fails: str,
+        nth: int,
+    ) -> None:
+        """From beginning to end. An error of either side ends it, and the snapshot is as good as before."""
         cut = self.pick(number)
-        if not self.free(cut):
+        if kind == "group":
+            self.backup_of_group(number, discard)
+            return
+        if not self.free(cut) or (fails and self.is_busy(cut.guest)):
             self.refused(cut)
             return
         self.unpark()
-        self.free_spill(cut)
-        path = self.new_name(".raw")
-        Copy(cut, path, kind=kind, granules=granules, workers=workers, discard=discard, skip=skip).finish()
+        self.calm(cut.guest) if fails else self.free_spill(cut)
+        options = {"kind": "image" if fails == "target" else kind, "granules": granules, "workers": workers}
+        Copy(cut, self.new_name(".raw"), discard=discard, skip=skip, fail=fails, nth=nth, **options).finish()
 
     def refused(self, cut: Cut) -> None:
         if not cut.live:
@@ -108,20 +123,10 @@ class Machine(FaultMachine):
             options = {"kind": kind, "granules": granules, "workers": workers, "discard": discard, "skip": skip}
             self.jobs.append(Copy(cut, path, slow=slow, nth=nth, **options))
 
-    @precondition(lambda self: self.cuts)
-    @rule(number=which, side=st.sampled_from(("source", "target")), nth=st.integers(1, 9), discard=st.booleans())
-    def backup_fails(self, number: int, side: str, nth: int, discard: bool) -> None:
-        """An error of either side ends it, and the snapshot is as good as before."""
-        cut = self.pick(number)
-        if self.free(cut) and not self.is_busy(cut.guest):
-            self.calm(cut.guest)
-            Copy(cut, self.new_name(".raw"), kind="image", discard=discard, fail=side, nth=nth).finish()
-
-    @rule(numbers=st.tuples(which, which), discard=st.booleans())
-    def backup_of_group(self, numbers: tuple[int, int], discard: bool) -> None:
+    def backup_of_group(self, number: int, discard: bool) -> None:
         if not all(guest.cuts for guest in self.guests):
             return
-        cuts = [guest.cuts[number % len(guest.cuts)] for guest, number in zip(self.guests, numbers)]
+        cuts = [guest.cuts[number % len(guest.cuts)] for guest in self.guests]
         if not all(map(self.free, cuts)):
             return
         self.unpark()
