@@ -21,7 +21,7 @@ import time
 import pyfleece
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CLUSTERS = [4096, 8192, 16384, 65536, 262144]
+CLUSTERS = [4096, 16384, 65536]
 GRANULARITIES = [64 << 10, 256 << 10, 1 << 20, 4 << 20]
 WRITES = [
     ("random 4 KiB", 4096, "random"),

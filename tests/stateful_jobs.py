@@ -113,8 +113,8 @@ class Copy(Job):
 
     def finish(self, cancel: bool = False) -> None:
         cut = self.cut
-        if self.faulty is not None:
-            self.faulty.resume()
+        if self.side != "target":
+            self.let_go()
         if not cancel and not self.real.done and not cut.closed:
             self.real.speed = None
         if cancel:

@@ -42,13 +42,13 @@ def soon(condition: Callable[[], object], what: str | Callable[[], str]) -> None
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What it returns, or the pyfleece.Error that it raises. (An exception that is kept by a frame of its own traceback
-    would keep all that was called alive.)
+    """What it returns, or the pyfleece.Error that it raises: without its traceback, whose frames would keep what was
+    called alive until the garbage collector comes.
     """
     try:
         return function(*arguments)
     except pyfleece.Error as error:
-        return error
+        return error.with_traceback(None)
 
 
 class Running:
@@ -61,7 +61,7 @@ class Running:
 
     def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
-            self.outcome = function(*arguments)
+            self.outcome = attempt(function, *arguments)
         except Exception as error:
             self.outcome = error
 
@@ -70,12 +70,10 @@ class Running:
         return self._thread.is_alive()
 
     def end(self) -> Any:
-        """What it returned, or the exception that it raised. Once."""
+        """What it returned, or the exception that it raised."""
         self._thread.join(SOON)
         assert not self.runs, f"it still runs after {SOON} s"
-        # Given away: an exception knows this object, through its traceback, and with it what it was called with.
-        outcome, self.outcome = self.outcome, None
-        return outcome
+        return self.outcome
 
     def result(self) -> Any:
         """What it returned; raises what it raised."""
