@@ -23,7 +23,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.errors import FlakyStrategyDefinition
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from stateful_faults import FaultMachine
 from stateful_jobs import KINDS, Chunked, Copy, check_result
 from stateful_kit import attempt
@@ -240,5 +241,14 @@ Machine.TestCase.settings = settings(
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 600)
-class TestDisksAndSnapshots(Machine.TestCase):
-    pass
+def test_disks_and_snapshots() -> None:
+    """Which rules may be drawn depends on what threads have got to. Hypothesis ends a run, without a failed check, when it
+    repeats steps and finds other rules than before: then it begins anew.
+    """
+    for _ in range(5):
+        try:
+            run_state_machine_as_test(Machine, settings=Machine.TestCase.settings)
+            return
+        except FlakyStrategyDefinition:
+            continue
+    pytest.fail("the rules that may be drawn changed in each of 5 runs")

@@ -104,6 +104,8 @@ static inline struct sink *new_sink(uint64_t size)
 
 static inline fl_backup *start(struct fake *fake, fl_image *target, fl_backup_options options)
 {
+    if (!options.granularity)       /* not the default, which follows measurements */
+        options.granularity = fake->cluster > MIB ? fake->cluster : MIB;
     fl_backup *job;
     MUST(fl_backup_start(as_snapshot(fake), target, &options, &job, &why));
     return job;
