@@ -2,7 +2,7 @@
  *
  * A user adds one to the counter of its thread's slot and then looks at `state`; the closer changes `state` and then looks at the counters.
  * Both in sequentially consistent order, so at least one of them sees the other: a user that the closer does not see sees the closed
- * gate and steps back.
+ * gate and steps back. The closer has a full fence in between all the same: emulators of arm64 let its `ldar` pass its `stlr`.
  */
 #define _GNU_SOURCE
 #include "gate.h"
@@ -97,6 +97,7 @@ int gate_close(struct gate *gate, uint64_t deadline)
         goto out;
     }
     atomic_store(&gate->state, GATE_CLOSED);
+    full_fence();
     while (!gate_is_empty(gate))
         if (!cond_wait_until(&gate->changed, &gate->lock, deadline) && !gate_is_empty(gate)) {
             atomic_store(&gate->state, GATE_OPEN);
@@ -128,6 +129,7 @@ bool gate_shut_until(struct gate *gate, uint64_t deadline)
         pthread_cond_wait(&gate->changed, &gate->lock);
     bool first = atomic_load(&gate->state) != GATE_SHUT;
     atomic_store(&gate->state, GATE_SHUT);
+    full_fence();
     pthread_cond_broadcast(&gate->changed);
     while (!gate_is_empty(gate) && cond_wait_until(&gate->changed, &gate->lock, deadline))
         ;

@@ -217,6 +217,6 @@ RULES = [
     Rule("release", "snapshot.c", "fl_snapshot_discard", calls("bitmap_set"), calls("bitmap_next_set")),
     Rule("enter", "gate.c", "gate_enter", atomic_add(8), weak_load, strong_load),
     Rule("leave", "gate.c", "gate_leave", atomic_add(8), weak_load, strong_load),
-    Rule("close", "gate.c", "gate_close", store_release, weak_load, strong_load),
-    Rule("shut", "gate.c", "gate_shut_until", store_release, weak_load, strong_load),
+    Rule("close", "gate.c", "gate_close", store_release, acquire_load),
+    Rule("shut", "gate.c", "gate_shut_until", store_release, acquire_load),
 ]
