@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Union
@@ -196,7 +196,7 @@ class Backup(Resource):
 
     @property
     def speed(self) -> int | None:
-        """The limit in bytes per second, or None. Can be changed while it runs."""
+        """The limit in bytes per second, or None. Can be changed at any time; no effect once it is over."""
         return self._speed or None
 
     @speed.setter
@@ -204,7 +204,8 @@ class Backup(Resource):
         self._check_process()
         self._speed = positive(speed, "speed")
         if self._started and not self._done.is_set():
-            call(lib.fl_backup_set_speed, self._job, self._speed)
+            with suppress(ClosedError):      # it ended meanwhile
+                call(lib.fl_backup_set_speed, self._job, self._speed)
 
     # ---- the job ----
 
