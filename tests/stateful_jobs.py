@@ -84,9 +84,8 @@ class Copy(Job):
             target = self.stream = io.BytesIO()
         elif kind in ("image", "zeroed"):
             self.inner = pyfleece.create(path, cut.size + 4096 * (nth % 2))
-            if kind == "image":
-                self.before = b"\xee" * self.inner.size
-                self.inner.pwrite(self.before, 0)
+            self.before = (b"\xee" if kind == "image" else b"\0") * self.inner.size
+            self.inner.pwrite(self.before, 0)
             target = self.faulty = FaultyImage(self.inner)
             if slow == "hang":
                 self.faulty.hang("write", nth=nth)
@@ -156,34 +155,29 @@ class Copy(Job):
 def check_result(
     cut: Cut, result: pyfleece.Result, data: bytes, before: bytes, missing: set[int], skip: bool
 ) -> None:
-    """`before`: what the target held (new files and streams: zeros). `missing`: clusters that could not be read when it
-    started.
+    """`before`: what an image held, and keeps where nothing is copied to; else there are zeros. `missing`: clusters
+    that could not be read when it started.
     """
-    assert skip or not missing, "a backup succeeded without a part of the snapshot"
-    left_out: set[int] = set()
-    end = last = None
-    for extent in result.lost:
-        assert extent.offset != end or extent.kind != last, f"not merged: {result.lost}"
-        assert end is None or extent.offset >= end, f"not in order: {result.lost}"
-        end, last = extent.offset + extent.length, extent.kind
-        for cluster in cut.touched(extent.offset, extent.length):
-            assert extent.kind == "discarded" if cluster in missing & cut.released else cluster in cut.unreadable
-            left_out.add(cluster)
-        assert extent.offset % cut.cluster == 0 and (end % cut.cluster == 0 or end == cut.size), extent
-    assert missing <= left_out <= cut.unreadable, (missing, left_out)
-    assert skip or not left_out
-    total = 0
-    for cluster in range(cut.clusters):
+    assert skip or not (missing or result.lost), "a backup succeeded without a part of the snapshot"
+    before = before if len(before) >= cut.size else bytes(cut.size)
+    expected = bytearray(before)
+    for cluster in cut.inside:
         part = cut.bytes_of(cluster, cluster + 1)
-        expected = before[part] if len(before) >= cut.size else bytes(part.stop - part.start)
-        if cluster not in cut.outside:
-            total += part.stop - part.start
-            if cluster not in left_out:
-                expected = cut.state[part]
-        assert data[part] == expected, f"the backup is wrong in the cluster at {part.start}"
-    assert len(data) >= cut.size
-    assert not any(data[cut.size :]) or data[cut.size :] == before[cut.size :]
-    assert result.total == total
+        expected[part] = cut.state[part]
+    end = last = None
+    for offset, length, kind in result.lost:
+        assert end is None or offset > end or (offset == end and kind != last), f"not merged: {result.lost}"
+        end, last = offset + length, kind
+        left_out = set(cut.touched(offset, length))
+        assert left_out <= cut.unreadable, f"left out, but still there: {sorted(left_out - cut.unreadable)}"
+        assert kind == "discarded" or left_out <= cut.lost
+        expected[offset:end] = before[offset:end]
+        missing = missing - left_out
+    assert not missing, f"clusters {sorted(missing)} were taken to be there"
+    wrong = next((at for at in range(len(expected)) if data[at] != expected[at]), None) if data != expected else None
+    assert wrong is None, f"the backup is wrong at {wrong}"
+    assert len(data) == len(expected)
+    assert result.total == sum(len(cut.state[cut.bytes_of(c, c + 1)]) for c in cut.inside)
     assert result.total == result.data_bytes + result.zero_bytes + result.lost_bytes
     assert result.lost_bytes == sum(extent.length for extent in result.lost)
 

@@ -477,9 +477,9 @@ class Guest:
 
     def _one(self, change: Change, fault: bool) -> Outcome:
         plans = [cut.plan([change], 1) for cut in self.cuts]
-        outcome = perform(self.disk, change, self.content, 0, self.source.clear)
-        if fault:
-            self.source.clear()
+        calm = self.source.clear if fault else lambda: None
+        outcome = perform(self.disk, change, self.content, 0, calm)
+        calm()
         self.settle(plans, [outcome], fault)
         return outcome
 
