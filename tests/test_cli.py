@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import MIB, require, run, wait_for
 
-from pyfleece import cli
+from pyfleece.commands import kit
 
 COMMAND = Path(sys.executable).with_name("pyfleece")
 # A call into the library ends within 0.2 s of Ctrl-C, and the interpreter's own end comes on top. A machine that is
@@ -105,14 +105,14 @@ def test_python_dash_m_is_the_same_command(make_image):
     [("1", 1), ("65536", 65536), ("64K", 65536), ("4k", 4096), ("1.5G", 3 << 29), ("5MiB", 5 << 20), ("2 T", 1 << 41)],
 )
 def test_sizes(text, size):
-    assert cli._size(text) == size
-    assert cli._speed(text + "/s") == size
+    assert kit.size(text) == size
+    assert kit.speed(text + "/s") == size
 
 
 @pytest.mark.parametrize("text", ["", "K", "-1", "0", "1.0001K", "1X", "1KK", "1e6", "9999999T", "٣", "nan", "inf"])
 def test_what_is_not_a_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"is not a (size|whole number)"):
-        cli._size(text)
+        kit.size(text)
 
 
 # ---- backup ----

@@ -1,0 +1,90 @@
+"""What the commands share: arguments, opening images, and ways to tell things."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import pyfleece
+from pyfleece.errors import Error
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Failure(Exception):
+    """Something to tell in one line."""
+
+
+# ---- parsers that others have as parents ----
+
+
+def _parents() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    image = argparse.ArgumentParser(add_help=False)
+    image.add_argument("--format", help="of the image; by default its suffix tells, never its content")
+    image.add_argument("--share", action="store_true", help="take no lock: another program may be writing the image")
+    image.add_argument("--direct", action="store_true", help="go around the page cache (O_DIRECT)")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    return common, image, as_json
+
+
+# Every command has COMMON (`main` relies on it). IMAGE is what `open_image` needs.
+COMMON, IMAGE, AS_JSON = _parents()
+
+
+# ---- types of arguments ----
+
+
+def size(text: str) -> int:
+    """A number of bytes: "65536", "64K", "1.5G", "512MiB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 65536, 64K, 1.5G")
+    number = float(match[1]) * _UNITS[match[2].upper()] if "." in match[1] else int(match[1]) * _UNITS[match[2].upper()]
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of bytes")
+    if not 0 < number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size that makes sense")
+    return int(number)
+
+
+def speed(text: str) -> int:
+    """As a size, with "/s" if one likes."""
+    return size(text[:-2] if text.endswith("/s") else text)
+
+
+# ---- images ----
+
+
+def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> pyfleece.Image:
+    try:
+        return pyfleece.open(path, format=args.format, direct=args.direct, share=args.share)
+    except Error as error:
+        error.side = side
+        raise
+
+
+# ---- output ----
+
+
+def print_array(items: Iterable[dict[str, Any]]) -> None:
+    """JSON, one item a line, as they come: an image may have millions."""
+    separator = "["
+    for item in items:
+        print(separator + json.dumps(item), end="")
+        separator = ",\n"
+    print("[]" if separator == "[" else "]")
+
+
+def say(text: str) -> None:
+    try:
+        clear = "\r\033[K" if sys.stderr.isatty() else ""       # a progress bar may be on this line
+        print(f"{clear}pyfleece: {text}", file=sys.stderr, flush=True)
+    except (OSError, AttributeError):
+        pass                                    # nobody listens: it is full, or closed and so None
