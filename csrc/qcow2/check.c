@@ -79,6 +79,8 @@ static int pass(struct checker *c)
     c->memory_limit = CHECK_SLACK + io_allocated(c->io);
     c->table_limit = 2 * CHECK_SLACK + 2 * io_allocated(c->io);
     c->table_bytes = 0;
+    c->dangling_first = NOWHERE;
+    c->dangling_end = 0;
     result->total_clusters = div_up(c->header->size, cluster_size(c));
     int rc = count_all(c);
     if (rc == 0)

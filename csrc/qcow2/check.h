@@ -53,6 +53,7 @@ struct checker {
     uint64_t length;                                /* of the file, when the pass began */
     uint64_t clusters;                              /* of the file; a last one that is cut short counts */
     uint64_t highest;                               /* the last cluster that is referenced or has a refcount, and 1; 0: none */
+    uint64_t dangling_first, dangling_end;          /* offsets between which entries lead beyond the end of the file; first == NOWHERE: none do */
     uint64_t memory, memory_limit;
     uint64_t table_bytes, table_limit;              /* read of L1 tables and tables of bitmaps: see spend() */
     uint64_t asked_ns;                              /* when it was last asked whether to go on */

@@ -84,8 +84,10 @@ static int count(struct checker *c, const char *what, uint64_t offset, uint64_t 
     if (length == 0)
         return 0;
     if (!within_file(c, offset, length)) {
-        found(c, FL_FOUND_CORRUPTION, guest, offset, "%s: beyond the end of the file, at %" PRIu64, what, c->length);
+        found(c, FL_FOUND_CORRUPTION, guest, offset, "%s: beyond the end of the file", what);
         c->incomplete = true;
+        c->dangling_first = MIN(c->dangling_first, offset);
+        c->dangling_end = MAX(c->dangling_end, offset + length);
         return 1;
     }
     return refs_add(c, offset, length, n);

@@ -61,6 +61,12 @@ static uint64_t largest_offset(const struct checker *c)
     return c->io->device ? c->io->size : OFFSET_MASK;
 }
 
+/* Entries that lead beyond the end of the file must not lead into what is put there. */
+static bool meets_dangling(const struct checker *c, uint64_t start, uint64_t clusters)
+{
+    return c->dangling_first != NOWHERE && start <= cluster_of(c, c->dangling_end - 1) && start + clusters > cluster_of(c, c->dangling_first);
+}
+
 /* Can it begin at this cluster? The area holds blocks for itself too, so it grows until it fits. */
 static bool fits(const struct checker *c, struct plan *p, uint64_t start)
 {
@@ -80,7 +86,7 @@ static bool fits(const struct checker *c, struct plan *p, uint64_t start)
             p->table_clusters << h->cluster_bits > MAX_REFTABLE_BYTES)
             return false;
         if (p->table_clusters + p->blocks + p->l1_clusters == p->clusters)
-            return true;
+            return !meets_dangling(c, start, p->clusters);
         p->clusters = p->table_clusters + p->blocks + p->l1_clusters;
     }
 }
@@ -89,7 +95,7 @@ static bool fits(const struct checker *c, struct plan *p, uint64_t start)
 static int choose_place(struct checker *c, struct plan *p)
 {
     uint64_t end = div_up(c->length, cluster_size(c));
-    if (fits(c, p, MAX(end, c->highest)) || fits(c, p, c->highest))
+    if (fits(c, p, MAX(end, c->highest)) || fits(c, p, c->highest) || fits(c, p, MAX(end, div_up(c->dangling_end, cluster_size(c)))))
         return 0;
     c->no_place = true;
     return 1;
