@@ -191,16 +191,27 @@ static int qcow2_new(const char *path, struct qcow2 **out, fl_error *error)
     return 0;
 }
 
+/* An image that was not closed properly, by somebody who does not keep its refcounts up to date: they are rebuilt. */
+static int repair_dirty(struct qcow2 *q, fl_error *error)
+{
+    fl_check *result = calloc(1, sizeof *result);       /* it is large */
+    if (!result)
+        return no_memory(q, error);
+    int rc = check_file(&q->io, &q->header, FL_REPAIR_ALL, result, error);
+    if (rc == 0 && (result->corruptions || result->check_errors || q->header.incompatible & INCOMPAT_DIRTY))
+        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and cannot be repaired: %llu corruptions are left; it can be "
+                  "opened for reading", q->image.name, (unsigned long long)result->corruptions);
+    free(result);
+    return rc;
+}
+
 /* What the header says about writing; before anything is written. */
 static int check_writable(struct qcow2 *q, fl_error *error)
 {
     if (q->header.incompatible & INCOMPAT_CORRUPT)
         return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is marked as corrupt and cannot be opened for writing: repair it first, or open it "
                     "for reading", q->image.name);
-    if (q->header.incompatible & INCOMPAT_DIRTY)
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and its refcounts are not valid: repair it first, or open "
-                    "it for reading", q->image.name);
-    return 0;
+    return q->header.incompatible & INCOMPAT_DIRTY ? repair_dirty(q, error) : 0;
 }
 
 static void compute(struct qcow2 *q)
