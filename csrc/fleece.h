@@ -366,6 +366,10 @@ typedef struct fl_backup_options {
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
     int compress;               /* whole clusters of the target, which were never written before, are written compressed */
     int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
+    /* Copy mode: called by the workers with each piece that they hold, before they write it; `data` NULL: `length` zeros. Any order, several at once, each
+       byte that is copied once. Non-zero cancels the job. NULL: nobody wants to know. */
+    int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);
+    uint64_t piece_context;
 } fl_backup_options;
 
 typedef struct fl_progress {
