@@ -1,7 +1,7 @@
 """Build the extension module `pyfleece._native` with cffi, in API mode.
 
-The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. The
-only things that are added are two callbacks: a waiting C call asks Python whether to go on (see `fl_set_interrupt`), and
+The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. Only two
+callbacks are added: a waiting C call asks Python whether to go on (see `fl_set_interrupt`), and
 the threads of a backup show what they copy (`on_piece`).
 
 setup.py runs this file through `cffi_modules`, with the project's root as the working directory.
