@@ -1,11 +1,10 @@
 """Chains of backups: a directory with the states of one disk at several points in time.
 
-    pyfleece.json                             what this directory is
-    000001-20260102T030405Z-full.qcow2        an image: a full backup, or an overlay of the one before
-    000001-20260102T030405Z-full.digests      digests of what was copied into it
-    000001-20260102T030405Z-full.json         the manifest: this point exists, is complete, and on stable storage
-    000002-20260103T030405Z-incremental.qcow2
-    …
+    pyfleece.json                   what this directory is
+    000001-20260102T030405Z.qcow2   an image: a full backup, or an overlay of the one before
+    000001-20260102T030405Z.digests digests of what was copied into it
+    000001-20260102T030405Z.json    the manifest: this point exists, is complete, and on stable storage
+    000002-20260103T030405Z.qcow2   ...
 
 Each incremental has the image before it as its backing file, so QEMU and `qemu-img convert` read any point without us.
 
@@ -42,7 +41,7 @@ from pyfleece.image import Image, Path
 
 _ABOUT = "pyfleece.json"
 _LOCK = ".lock"
-_NAME = re.compile(r"(\d{6,})-\d{8}T\d{6}Z-(full|incremental)")
+_NAME = re.compile(r"(\d{6,})-\d{8}T\d{6}Z")
 _LONGEST_MANIFEST = 1 << 20             # bytes
 _LONGEST_CHAIN = 48                     # images; a driver opens 64 at most
 _FORMATS = ("qcow2", "raw")
@@ -235,7 +234,7 @@ class Repository:
                 with disk.snapshot(bitmap=old, **snapshot) as cut:
                     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
                     kind = "incremental" if parent else "full"
-                    name = f"{sequence:06d}-{re.sub('[-:]', '', stamp)}-{kind}"
+                    name = f"{sequence:06d}-{re.sub('[-:]', '', stamp)}"
                     image = f"{name}.{'qcow2' if parent else format}"
                     collector = digests.Collector(digests.best_algorithm())
                     result = backup(
@@ -347,8 +346,8 @@ class Repository:
             data = file.read()
         if digests.hasher(point.digest_algorithm)(data).hex() != point.digests_digest:
             raise FormatError(f"{path} is damaged: it is not what the manifest says")
-        algorithm, records = digests.decode(data, point.size, path)
         with self.open(point) as image:
+            algorithm, records = digests.decode(data, image.size, path)
             return digests.verify(image, algorithm, records, workers=workers, progress=progress)
 
     # ---- dropping old points ----

@@ -101,7 +101,8 @@ def _refuse_mounted(target: Path, name: str) -> None:
         os.close(os.open(target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         if error.errno == errno.EBUSY:
-            raise ImageLockedError(f"{name} is in use: it is mounted, or part of something that is") from error
+            text = f"{name} is in use: it is mounted, or part of something that is"
+            raise ImageLockedError(errno.EBUSY, text, name) from error
         raise from_os_error(error, f"cannot write to {name}") from error
 
 

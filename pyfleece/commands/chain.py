@@ -88,9 +88,9 @@ def _points(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps([asdict(point) for point in points], indent=2))
         return
-    print(f"{'point':<36} {'time':<21} {'copied':>10}  size")
+    print(f"{'point':<24} {'kind':<12} {'time':<21} {'copied':>10}  size")
     for point in points:
-        print(f"{point.name:<36} {point.time:<21} {human(point.data_bytes):>10}  {human(point.size)}")
+        print(f"{point.name:<24} {point.kind:<12} {point.time:<21} {human(point.data_bytes):>10}  {human(point.size)}")
 
 
 def _verify(args: argparse.Namespace) -> int:
