@@ -91,6 +91,8 @@ def _sentence(error: BaseException) -> str:
             text += f" (at {error.offset}, {error.length} bytes)"
         if isinstance(error, FormatError) and "format=" in text:
             text += f" (here: {'--target-format' if error.side == 'target' else '--format'})"
+        if "backing_root" in text:
+            text += " (here: --backing-root)"
         if isinstance(error, ImageLockedError) and error.side in (None, "source"):
             text += " (here: --share)"
     elif isinstance(error, OSError) and error.strerror:
