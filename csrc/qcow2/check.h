@@ -8,8 +8,8 @@
  *   check.c          the order of these, findings, the public call   <- start reading here
  *
  * Bounds, whatever the file claims to be. Holes are not read: tables cost what they occupy. Every L2 table is read once a pass, however
- * many L1 entries lead to it: it counts as often as they are. Counts are kept in pages of 64 clusters where at least one reference is. An honest
- * image, however sparse, has 8 bytes of L2 entry for each of its clusters, and a count takes 4.5; so memory may reach what the file
+ * many L1 entries lead to it: it counts as often as they are. Counts are kept in pages of 64 clusters where at least one reference
+ * is. An honest image, however sparse, has 8 bytes of L2 entry for each of its clusters, and a count takes 4.5; so memory may reach what the file
  * occupies, and SLACK; a file whose references are scattered so that this does not do can't be checked (check_errors).
  */
 #ifndef FL_QCOW2_CHECK_H

@@ -285,8 +285,8 @@ static int read_snapshots(struct checker *c)
             break;
         }
         if (h->version >= 3 && extra < 16)
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data, not at least 16",
-                  i, extra);
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data, not 16 or more", i,
+                  extra);
         c->snapshots[c->snapshot_count++] = (struct snapshot_l1){ load64(entry), load32(entry + 8) };
         at = align_up(at, 8);
     }

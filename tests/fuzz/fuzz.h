@@ -14,6 +14,17 @@
 
 #define SCRIPT 16u
 
+/* Big-endian; 0 beyond the end. */
+static inline uint64_t get_number(const uint8_t *bytes, size_t size, uint64_t at, unsigned width)
+{
+    uint64_t value = 0;
+    if (at > size || size - at < width)
+        return 0;
+    for (unsigned i = 0; i < width; i++)
+        value = value << 8 | bytes[at + i];
+    return value;
+}
+
 static inline uint64_t next_random(uint64_t *state)         /* splitmix64 */
 {
     uint64_t z = (*state += UINT64_C(0x9e3779b97f4a7c15));

@@ -13,12 +13,7 @@ struct image { uint8_t *bytes; size_t size; uint64_t random; };
 
 static uint64_t get(const struct image *m, uint64_t at, unsigned width)
 {
-    uint64_t value = 0;
-    if (at > m->size || m->size - at < width)
-        return 0;
-    for (unsigned i = 0; i < width; i++)
-        value = value << 8 | m->bytes[at + i];
-    return value;
+    return get_number(m->bytes, m->size, at, width);
 }
 
 static void put(struct image *m, uint64_t at, unsigned width, uint64_t value)
@@ -186,7 +181,8 @@ static void mutate_tables(struct image *m)
 static void mutate_backing_name(struct image *m)
 {
     static const char *names[] = {
-        "base.raw", "base.qcow2", "../outside.raw", "/etc/passwd", "t.qcow2", "./t.qcow2", "json:{}", "nbd:x", "link.raw", "sub/../base.raw", ".",
+        "base.raw", "base.qcow2", "../outside.raw", "/etc/passwd", "t.qcow2", "./t.qcow2", "json:{}", "nbd:x", "link.raw",
+        "sub/../base.raw", ".",
     };
     const char *name = names[below(m, sizeof names / sizeof *names)];
     uint64_t at = get(m, 8, 8);

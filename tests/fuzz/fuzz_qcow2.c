@@ -276,30 +276,27 @@ static int check(int repair, fl_check *result)
 }
 
 /* 0, or why it can't be opened. */
-static int open_image(const uint8_t *script, bool writable, fl_image **image, uint64_t *size, uint64_t *cluster)
+static int open_image(const uint8_t *script, bool writable, fl_image **image, fl_image_info *info)
 {
     const fl_image_options options = how_to_open(script, writable);
-    fl_image_info info;
     int rc = fl_image_open(path, &options, image, NULL);
     if (rc < 0)
         return rc;
-    CHECK(fl_image_info_get(*image, &info, NULL) == 0, "info");
-    *size = info.size;
-    *cluster = info.cluster_size;
+    CHECK(fl_image_info_get(*image, info, NULL) == 0, "info");
     return 0;
 }
 
 static void phase_read(const uint8_t *script, struct content *content)
 {
     fl_image *image;
-    uint64_t size, cluster;
-    if (open_image(script, false, &image, &size, &cluster) < 0)
+    fl_image_info info;
+    if (open_image(script, false, &image, &info) < 0)
         return;
-    look_around(image, size);
-    if (size > 0 && size <= WHOLE)
-        read_content(image, size, content);
-    else if (size > 0)
-        read_far(image, size, script[2]);
+    look_around(image, info.size);
+    if (info.size > 0 && info.size <= WHOLE)
+        read_content(image, info.size, content);
+    else if (info.size > 0)
+        read_far(image, info.size, script[2]);
     fl_image_free(image);
 }
 
@@ -307,7 +304,7 @@ static void phase_repair(const uint8_t *script, const struct content *content, f
 {
     static fl_check again;
     fl_image *image;
-    uint64_t size, cluster;
+    fl_image_info info;
     if (check(script[0] & 3, result) < 0)
         return;
     int rc = check(FL_REPAIR_NONE, &again);
@@ -315,19 +312,65 @@ static void phase_repair(const uint8_t *script, const struct content *content, f
     CHECK(again.corruptions == result->corruptions && again.leaks == result->leaks && again.check_errors == result->check_errors,
           "corruptions %llu, leaks %llu, after a repair that left %llu and %llu", (ull)again.corruptions, (ull)again.leaks,
           (ull)result->corruptions, (ull)result->leaks);
-    if (content->bytes && open_image(script, false, &image, &size, &cluster) == 0) {
+    if (content->bytes && open_image(script, false, &image, &info) == 0) {
         compare_content(image, content, "after the repair");
         fl_image_free(image);
     }
 }
 
-static void phase_write(const uint8_t *script, struct content *content, bool sound)
+static int by_value(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Do two entries of the active tables lead to one cluster? No program makes that, but it is no corruption when the refcounts say so (and a
+   repair makes them say so). When one of them goes elsewhere, nobody finds the other one to set its COPIED bit. */
+static bool is_twisted(const uint8_t *image, size_t size)
+{
+    static uint64_t offsets[20000];
+    const uint64_t bits = get_number(image, size, 20, 4), l1 = get_number(image, size, 40, 8), mask = UINT64_C(0xfffffffffffe00);
+    size_t n = 0;
+    for (uint64_t i = 0; i < get_number(image, size, 36, 4) && l1 + 8 * i < size && n < 10000; i++) {
+        uint64_t table = get_number(image, size, l1 + 8 * i, 8) & mask;
+        if (table)
+            offsets[n++] = table;
+    }
+    for (size_t i = 0, tables = n; i < tables; i++) {
+        for (uint64_t j = 0; j < UINT64_C(1) << (bits - 3) && n < 20000; j++) {
+            uint64_t entry = get_number(image, size, offsets[i] + 8 * j, 8);
+            if (entry & mask && !(entry >> 62 & 1))
+                offsets[n++] = entry & mask;
+        }
+    }
+    qsort(offsets, n, sizeof *offsets, by_value);
+    for (size_t i = 1; i < n; i++)
+        if (offsets[i] == offsets[i - 1])
+            return true;
+    return n == 20000;
+}
+
+/* Refcounts for what is behind the end of the file mean nothing until the file gets longer. Were there any? */
+static bool had_hidden_leaks(const uint8_t *data, size_t size)
+{
+    static fl_check before;
+    struct stat st;
+    CHECK(stat(path, &st) == 0, "%s", path);
+    write_file(path, data + SCRIPT, size - SCRIPT, (uint64_t)st.st_size);
+    return check(FL_REPAIR_NONE, &before) == 0 && before.leaks > 0;
+}
+
+static void phase_write(const uint8_t *script, size_t size, struct content *content, bool sound, bool repaired)
 {
     static fl_check after;
     struct writer w = { .random = 0 };
     fl_image *image;
-    if (open_image(script, true, &w.image, &w.size, &w.cluster) < 0)
+    fl_image_info info;
+    if (open_image(script, true, &w.image, &info) < 0)
         return;
+    w.size = info.size;
+    w.cluster = info.cluster_size;
+    bool bitmaps = info.bitmaps > 0;            /* a write makes them void, and what they occupy a leak */
     memcpy(&w.random, script + 2, 6);
     w.model = sound && content->bytes ? content : NULL;
     for (uint64_t n = w.size ? 1 + script[2] % MOST_OPERATIONS : 0; n > 0; n--)
@@ -336,16 +379,18 @@ static void phase_write(const uint8_t *script, struct content *content, bool sou
         compare_content(w.image, w.model, "after writing");
     int rc = fl_image_close(w.image, NULL);
     fl_image_free(w.image);
-    if (!sound)
+    if (!sound || is_twisted(script + SCRIPT, size - SCRIPT))
         return;
     CHECK(rc == 0, "close: %d", rc);
     CHECK(check(FL_REPAIR_NONE, &after) == 0, "after writing it can't be checked");
-    CHECK(after.corruptions == 0 && after.check_errors == 0 && after.leaks == 0, "corruptions %llu, leaks %llu after writing: %s",
-          (ull)after.corruptions, (ull)after.leaks, after.finding_count ? after.findings[0].text : "");
-    if (w.model && open_image(script, false, &image, &w.size, &w.cluster) == 0) {
+    for (size_t i = 0; repaired && i < after.finding_count; i++)
+        after.corruptions -= !!strstr(after.findings[i].text, "COPIED bit is clear") * (after.findings[i].length / info.cluster_size);
+    CHECK(after.corruptions == 0 && after.check_errors == 0, "after writing: %s", after.finding_count ? after.findings[0].text : "");
+    if (w.model && open_image(script, false, &image, &info) == 0) {
         compare_content(image, w.model, "after opening it again");
         fl_image_free(image);
     }
+    CHECK(after.leaks == 0 || bitmaps || had_hidden_leaks(script, size), "%llu leaks after writing: %s", (ull)after.leaks, after.findings[0].text);
 }
 
 static void check_unchanged(const uint8_t *bytes, size_t size)
@@ -366,12 +411,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return -1;
     write_file(path, data + SCRIPT, size - SCRIPT, data[1] < 63 ? UINT64_C(1) << data[1] : 0);
     int rc = check(FL_REPAIR_NONE, &result);
+    bool damaged = rc == 0 && result.corruptions;
     phase_read(data, &content);
     check_unchanged(data + SCRIPT, size - SCRIPT);
     if (rc == 0 && (data[0] & 3) && (data[0] & 3) <= FL_REPAIR_ALL)
         phase_repair(data, &content, &result);
     if (data[0] & 4)
-        phase_write(data, &content, rc == 0 && !result.corruptions && !result.leaks && !result.check_errors);
+        phase_write(data, size, &content, rc == 0 && !result.corruptions && !result.leaks && !result.check_errors, damaged);
     free_content(&content);
     return 0;
 }
