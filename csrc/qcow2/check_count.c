@@ -1,7 +1,7 @@
 /* check_count.c: visit every table of the file once, and count every reference to its clusters. See check.h.
  *
- * The order: header; active L1 table; those of the snapshots; all L2 tables; snapshot table; refcount table; bitmaps; refcount blocks, which
- * must then have one reference each.
+ * The order: header; active L1 table; those of the snapshots; all L2 tables; snapshot table; refcount table; bitmaps; refcount blocks,
+ * which must then have one reference each.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -93,13 +93,13 @@ static int count(struct checker *c, const char *what, uint64_t offset, uint64_t 
     return refs_add(c, offset, length, n);
 }
 
-/* L1 tables and tables of bitmaps are read as often as they are named: together not much more than the file occupies, or they overlap. */
+/* L1 tables and tables of bitmaps are read as often as they are named. Together they have what the file occupies, unless they overlap. */
 static int spend(struct checker *c, size_t bytes)
 {
     c->table_bytes += bytes;
     if (c->table_bytes <= c->table_limit)
         return 0;
-    found(c, FL_FOUND_ERROR, NOWHERE, NOWHERE, "the tables of snapshots and bitmaps overlap each other so much that counting would not end");
+    found(c, FL_FOUND_ERROR, NOWHERE, NOWHERE, "the tables of snapshots and bitmaps overlap so much that counting would not end");
     return -ELOOP;
 }
 
@@ -114,7 +114,7 @@ struct l2_visit {
     struct table table;
     uint64_t guest;                             /* of its first entry */
     const char *where;                          /* " of a snapshot", or "" */
-    uint64_t expected;                          /* where the next cluster would be if the active disk lay in the file as it reads; 0: not known */
+    uint64_t expected;                          /* where the next cluster is if the disk lies in the file as it reads; 0: not known */
 };
 
 static int count_compressed(struct checker *c, struct l2_visit *v, uint64_t entry, uint64_t guest)
@@ -163,7 +163,8 @@ static int count_l2(struct checker *c, void *context, unsigned char *bytes, size
             c->entries_damaged = true;
         }
         if (type != ENTRY_IS_COMPRESSED && (entry & ENTRY_ZERO) && c->header->version < 3) {
-            found(c, FL_FOUND_CORRUPTION, guest, entry & OFFSET_MASK, "L2 entry%s: a cluster of zeros, which version 2 does not have", v->where);
+            found(c, FL_FOUND_CORRUPTION, guest, entry & OFFSET_MASK, "L2 entry%s: a cluster of zeros, which version 2 does not have",
+                  v->where);
             c->incomplete = true;
         }
         if (type == ENTRY_IS_COMPRESSED)
@@ -260,7 +261,7 @@ static int count_l1_table(struct checker *c, uint64_t offset, uint32_t entries, 
 
 /* ---- snapshots ---- */
 
-/* The snapshot table: entries of 40 bytes and what they say. A table that can't be parsed ends the search: 1. */
+/* The snapshot table: entries of 40 bytes and what they say. One that makes no sense ends the search. */
 static int read_snapshots(struct checker *c)
 {
     const struct header *h = c->header;
@@ -278,18 +279,18 @@ static int read_snapshots(struct checker *c)
         uint32_t extra = load32(entry + 36);
         at = align_up(at, 8) + sizeof entry + extra + (load32(entry + 12) >> 16) + (load32(entry + 12) & 0xffff);
         if (at - h->snapshots_offset > MAX_SNAPSHOT_TABLE_BYTES || at > c->length) {
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " of %" PRIu32 " ends beyond the %s", i, h->snapshot_count,
-                  at > c->length ? "end of the file" : "64 MiB that a snapshot table may have");
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " of %" PRIu32 " ends beyond the %s", i,
+                  h->snapshot_count, at > c->length ? "end of the file" : "64 MiB that a snapshot table may have");
             c->incomplete = true;
             break;
         }
         if (h->version >= 3 && extra < 16)
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data; version 3 has at least 16",
-                  i, extra);
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data, not 16 or more", i,
+                  extra);
         c->snapshots[c->snapshot_count++] = (struct snapshot_l1){ load64(entry), load32(entry + 8) };
         at = align_up(at, 8);
     }
-    c->snapshots_length = MIN(at - h->snapshots_offset, MAX_SNAPSHOT_TABLE_BYTES);
+    c->snapshots_length = MIN(MAX(at - h->snapshots_offset, h->snapshot_count * UINT64_C(40)), MAX_SNAPSHOT_TABLE_BYTES);
     return 0;
 }
 
@@ -339,6 +340,12 @@ static int count_bitmap_table(struct checker *c, void *context, unsigned char *b
     return spend(c, length);
 }
 
+/* Of the clusters of a bitmap of the whole disk. */
+static uint64_t bitmap_bytes(const struct header *h, unsigned granularity_bits)
+{
+    return align_up(div_up(div_up(h->size, UINT64_C(1) << granularity_bits), 8), header_cluster_size(h));
+}
+
 /* One entry of the directory, of which `left` bytes remain; *used is its length. */
 static int count_bitmap(struct checker *c, const unsigned char *entry, uint64_t left, uint64_t host, uint64_t *used)
 {
@@ -353,7 +360,7 @@ static int count_bitmap(struct checker *c, const unsigned char *entry, uint64_t 
         return damaged_bitmaps(c, host, "directory of bitmaps: an entry is longer than what is left");
     *used = length;
     if (offset == 0 || unaligned(c, offset) || size == 0 || bytes > MAX_BITMAP_BYTES || name == 0 || name > 1023 || entry[16] != 1 ||
-        entry[17] < 9 || entry[17] > 31 || (flags & ~7u) || (!(flags & BITMAP_IN_USE) && bytes * 8 << entry[17] < h->size))
+        entry[17] < 9 || entry[17] > 31 || (flags & ~7u) || (!(flags & BITMAP_IN_USE) && bytes != bitmap_bytes(h, entry[17])))
         return damaged_bitmaps(c, host, "directory of bitmaps: an entry makes no sense");
     int rc = count(c, "table of a bitmap", offset, size, 1, NOWHERE);
     if (rc == 0)

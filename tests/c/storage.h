@@ -15,7 +15,9 @@
 static atomic_uint storage_delays;      /* of 1000 transfers, how many give way to other threads for a while, before or after */
 static atomic_uint storage_fails;       /* of 1000 calls, how many fail */
 static atomic_int storage_error;        /* with what */
-static atomic_bool storage_hangs;       /* writes wait for it to become false */
+static atomic_bool storage_hangs;       /* writes wait for it to become false: */
+static _Thread_local bool storage_hangs_me;     /* only those of this thread do */
+static atomic_bool storage_cannot_punch, storage_cannot_sync;
 static atomic_uint storage_hanging, storage_syncs, storage_punches, storage_failed;
 
 static uint64_t storage_random(void)
@@ -61,7 +63,7 @@ ssize_t preadv(int fd, const struct iovec *iov, int count, off_t offset)
 ssize_t pwritev(int fd, const struct iovec *iov, int count, off_t offset)
 {
     storage_delay();
-    if (atomic_load(&storage_hangs)) {
+    if (atomic_load(&storage_hangs) && storage_hangs_me) {
         atomic_fetch_add(&storage_hanging, 1);
         while (atomic_load(&storage_hangs))
             sleep_ns(MILLISECOND);
@@ -79,6 +81,10 @@ int fdatasync(int fd)
     storage_delay();
     atomic_fetch_add(&storage_syncs, 1);
     (void)fd;                           /* these tests pull no plugs */
+    if (atomic_load(&storage_cannot_sync)) {
+        errno = EIO;
+        return -1;
+    }
     return storage_refuses() ? -1 : 0;
 }
 
@@ -86,6 +92,10 @@ int fallocate(int fd, int mode, off_t offset, off_t length)
 {
     storage_delay();
     atomic_fetch_add(&storage_punches, 1);
+    if (atomic_load(&storage_cannot_punch)) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
     if (storage_refuses())
         return -1;
     return (int)syscall(SYS_fallocate, fd, (long)mode, (long)offset, (long)length);

@@ -221,8 +221,10 @@ int main(int argc, char **argv)
     alarm((unsigned)(seconds * 20 + 100));
     int fds = count_entries("/proc/self/fd");
     size_t count = sizeof shapes / sizeof *shapes;
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
+        atomic_store(&storage_cannot_punch, i % 2);     /* then what is used again holds old data */
         run(&shapes[i], (uint64_t)(seconds * (double)SECOND) / count, i == 1 ? DIRECT : 0);
+    }
     CHECK(count_entries("/proc/self/fd") == fds, "files were left open");
     printf("%llu writes, %llu reads, %llu clusters emptied, %llu sectors read as zeros, %llu flushes, %u punches\nok\n", (unsigned long long)writes,
            (unsigned long long)reads, (unsigned long long)emptied, (unsigned long long)zeros_seen, (unsigned long long)flushes, storage_punches);
