@@ -251,6 +251,8 @@ static int read_l1(struct qcow2 *q, fl_error *error)
 static int set_up(struct qcow2 *q, const char *path, const fl_image_options *options, fl_error *error)
 {
     int rc = header_read(&q->io, &q->header, error);
+    if (rc == 0)
+        rc = backing_open(&q->header, path, options, &q->backing, error);       /* what is refused is refused before anything is repaired */
     if (rc == 0 && q->io.writable)
         rc = check_writable(q, error);
     if (rc < 0)
@@ -269,8 +271,6 @@ static int set_up(struct qcow2 *q, const char *path, const fl_image_options *opt
     rc = read_l1(q, error);
     if (rc == 0 && q->io.writable)
         rc = refcount_init(q, error);
-    if (rc == 0)
-        rc = backing_open(&q->header, path, options, &q->backing, error);
     atomic_store(&q->image.punches, q->has_zero_flag || !q->backing);
     return rc;
 }

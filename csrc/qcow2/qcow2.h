@@ -99,7 +99,7 @@ bool codec_present(enum compression compression);               /* is it in this
 int codec_require(enum compression compression, const char *name, fl_error *error);
 /* Exactly `out_length` bytes must come; what follows in the input is ignored. -EIO: they do not; -ENOMEM; -FL_EFORMAT: not in this build. */
 int codec_inflate(enum compression compression, const void *in, size_t in_length, void *out, size_t out_length);
-/* How many bytes it took, at most `max`; -ENOSPC: it needs more; -ENOMEM; -FL_EFORMAT. */
+/* How many bytes it took, at most `max`; -ENOSPC: it needs more, or nearly as much; -ENOMEM; -FL_EFORMAT. */
 ssize_t codec_deflate(enum compression compression, const void *in, size_t length, void *out, size_t max);
 
 /* ---- snapshots.c ---- */
