@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 import threading
 from contextlib import ExitStack
@@ -448,6 +449,17 @@ def test_commands_create_info_and_map(tmp_path):
     assert "(here: --backing-root)" in err
     command(*create, "--backing-root", tmp_path)
     command("info", tmp_path / "sub" / "x.qcow2", "--backing-root", tmp_path)
+
+
+def test_example_of_the_guide(tmp_path, monkeypatch):
+    guide = Path(__file__).resolve().parent.parent / "docs" / "qcow2.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    qemu_create(Path("vm.qcow2"), "4M")
+    exec(compile(example, "docs/qcow2.md", "exec"), {})
+    assert_is(Path("monday.qcow2"), bytes(4 * MIB), tmp_path)
+    assert_is(Path("tuesday.qcow2"), b"what changed" + bytes(4 * MIB - 12), tmp_path)
+    assert allocated(Path("tuesday.qcow2")) == 64 * KIB
 
 
 def test_names_in_an_image_do_not_reach_the_terminal(tmp_path):
