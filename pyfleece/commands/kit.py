@@ -70,7 +70,9 @@ COMMON, IMAGE, AS_JSON = _parents()
 # ---- images ----
 
 
-def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> pyfleece.Image:
+def open_image(
+    args: argparse.Namespace, path: str, side: str | None = None, *, inspect: bool = False
+) -> pyfleece.Image:
     try:
         return pyfleece.open(
             path,
@@ -79,6 +81,7 @@ def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> 
             share=args.share,
             cache_size=args.cache_size,
             backing_root=backing_root(args),
+            inspect=inspect,
         )
     except Error as error:
         error.side = side
