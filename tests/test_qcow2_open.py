@@ -232,7 +232,7 @@ def test_external_data_file_of_qemu(tmp_path):
 
 def test_encrypted_image_of_qemu(tmp_path):
     path = tmp_path / "vm.qcow2"
-    options = "encrypt.format=aes,encrypt.key-secret=s"         # making LUKS takes a measurement of time, which may fail
+    options = "encrypt.format=aes,encrypt.key-secret=s"    # making LUKS takes a measurement of time, which may fail
     run("qemu-img", "create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o", options, path, "1M")
     refused(path, "is encrypted \\(crypt_method 1, AES\\)")
 

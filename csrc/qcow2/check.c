@@ -26,15 +26,25 @@ static bool follows(uint64_t before, uint64_t length, uint64_t after)
     return before == NOWHERE ? after == NOWHERE : after == before + length;
 }
 
-/* A row of clusters of which the same is to be said is one finding. */
+static bool is_full(const fl_check *result)
+{
+    return result->finding_count == FL_CHECK_FINDINGS;
+}
+
+/* A row of clusters of which the same is to be said is one finding. What is not about the image itself is always kept. */
 static void keep(fl_check *result, const fl_finding *finding)
 {
+    if (is_full(result) && (finding->kind == FL_FOUND_ERROR || finding->kind == FL_FOUND_NOTE)) {
+        result->findings[FL_CHECK_FINDINGS - 1] = *finding;
+        result->findings_dropped++;
+        return;
+    }
     fl_finding *last = result->finding_count ? &result->findings[result->finding_count - 1] : NULL;
     if (last && last->kind == finding->kind && last->repaired == finding->repaired && last->host != NOWHERE &&
         follows(last->host, last->length, finding->host) && follows(last->guest, last->length, finding->guest) &&
         !strcmp(last->text, finding->text))
         last->length += finding->length;
-    else if (result->finding_count < FL_CHECK_FINDINGS)
+    else if (!is_full(result))
         result->findings[result->finding_count++] = *finding;
     else
         result->findings_dropped++;
@@ -45,11 +55,15 @@ void found(struct checker *c, int kind, uint64_t guest, uint64_t host, const cha
     fl_finding finding = { .kind = kind, .guest = guest, .host = host, .length = host == NOWHERE ? 0 : cluster_size(c) };
     uint64_t *counter = counter_of(c->result, kind);
     va_list args;
+    if (counter)
+        ++*counter;
+    if (is_full(c->result) && counter && kind != FL_FOUND_ERROR) {     /* there may be millions: no time is spent on them */
+        c->result->findings_dropped++;
+        return;
+    }
     va_start(args, format);
     vsnprintf(finding.text, sizeof finding.text, format, args);
     va_end(args);
-    if (counter)
-        ++*counter;
     keep(c->result, &finding);
 }
 
@@ -78,7 +92,7 @@ static int pass(struct checker *c)
     c->length = io_length(c->io);
     c->clusters = div_up(c->length, cluster_size(c));
     c->memory_limit = CHECK_SLACK + io_allocated(c->io);
-    c->table_limit = 2 * CHECK_SLACK + 2 * io_allocated(c->io);
+    c->table_limit = CHECK_SLACK + 2 * io_allocated(c->io);
     c->table_bytes = 0;
     c->dangling_first = NOWHERE;
     c->dangling_end = 0;
@@ -94,6 +108,8 @@ static int pass(struct checker *c)
 }
 
 /* ---- repairs ---- */
+
+#define MAX_ROUNDS 3
 
 /* Bitmaps that can't be trusted: whoever reads them must not, so the extension becomes void, for all of them. */
 static int give_up_bitmaps(struct checker *c)
@@ -168,10 +184,21 @@ static void conclude(const fl_check *before, fl_check *after)
 static int repair_and_look_again(struct checker *c, int repair, fl_check *before)
 {
     *before = *c->result;
-    int rc = repair == FL_REPAIR_ALL ? repair_all(c) : repair_leaks(c);
+    bool no_place = false;
+    uint64_t faults = UINT64_MAX;
+    int rc = 0;
+    /* what is repaired may open the way to more: when no entry is left that can't be followed, leaks are freed */
+    for (int i = 0; i < MAX_ROUNDS && rc == 0 && !no_place && !c->result->check_errors; i++) {
+        uint64_t left = add_sat(c->result->corruptions, c->result->leaks);
+        if (left == 0 || left >= faults)
+            break;
+        faults = left;
+        rc = repair == FL_REPAIR_ALL ? repair_all(c) : repair_leaks(c);
+        no_place = c->no_place;
+        if (rc == 0)
+            rc = pass(c);
+    }
     if (rc == 0) {
-        bool no_place = c->no_place;
-        rc = pass(c);
         if (no_place)
             found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "not repaired: there is no space for new refcount structures");
         if (c->incomplete && c->result->leaks)

@@ -17,7 +17,7 @@
 
 #include "qcow2.h"
 
-#define CHECK_SLACK (UINT64_C(256) << 20)
+#define CHECK_SLACK (UINT64_C(256) << 20)           /* bytes */
 #define PAGE_CLUSTERS 64u
 
 /* 64 clusters in a row. Masks: bit i is cluster i of them. */
@@ -138,6 +138,10 @@ int check_interrupted(struct checker *c);           /* 0 or -FL_EINTERRUPTED */
 int no_memory(struct checker *c);
 
 static inline uint64_t cluster_size(const struct checker *c) { return UINT64_C(1) << c->header->cluster_bits; }
+static inline uint64_t reftable_bytes(const struct checker *c)
+{
+    return (uint64_t)c->header->reftable_clusters << c->header->cluster_bits;
+}
 /* Of a refcount block that can be used; 0: there is none. */
 static inline uint64_t block_at(const struct checker *c, uint64_t index)
 {

@@ -93,6 +93,13 @@ static int count(struct checker *c, const char *what, uint64_t offset, uint64_t 
     return refs_add(c, offset, length, n);
 }
 
+/* The same for a table. What of it is inside of the file is in use even when its end is not. */
+static int count_table(struct checker *c, const char *what, uint64_t offset, uint64_t length)
+{
+    int rc = count(c, what, offset, length, 1, NOWHERE);
+    return rc == 1 && offset < c->length ? refs_add(c, offset, c->length - offset, 1) : MIN(rc, 0);
+}
+
 /* L1 tables and tables of bitmaps are read as often as they are named. Together they have what the file occupies, unless they overlap. */
 static int spend(struct checker *c, size_t bytes)
 {
@@ -180,7 +187,7 @@ static int count_l2(struct checker *c, void *context, unsigned char *bytes, size
 static int count_l2_tables(struct checker *c)
 {
     int rc = 0;
-    for (uint32_t i = 0; rc >= 0 && i < c->tables.count; i++) {
+    for (uint32_t i = 0; rc == 0 && i < c->tables.count; i++) {
         struct l2_visit v = { .table = *table_at(c, i) };
         v.guest = (uint64_t)v.table.l1_index << (l2_bits(c->header) + c->header->cluster_bits);
         v.where = v.table.active ? "" : " of a snapshot";
@@ -247,10 +254,9 @@ static int count_l1_table(struct checker *c, uint64_t offset, uint32_t entries, 
     struct l1_visit v = { active };
     uint64_t bytes = entries * UINT64_C(8), whole = align_down(bytes, 512);
     unsigned char tail[512] = { 0 };
-    int rc = count(c, active ? "L1 table" : "L1 table of a snapshot", offset, bytes, 1, NOWHERE);
-    if (rc)
-        return MIN(rc, 0);
-    rc = visit_table(c, offset, whole, count_l1, &v);
+    int rc = count_table(c, active ? "L1 table" : "L1 table of a snapshot", offset, bytes);
+    if (rc == 0)
+        rc = visit_table(c, offset, whole, count_l1, &v);
     if (rc == 0 && bytes > whole) {
         rc = io_read_metadata(c->io, tail, (size_t)(bytes - whole), offset + whole, c->error);
         if (rc == 0)
@@ -429,7 +435,7 @@ static int count_block(struct checker *c, void *context, unsigned char *bytes, s
 static int count_refcount_blocks(struct checker *c)
 {
     const struct header *h = c->header;
-    uint64_t length = (uint64_t)h->reftable_clusters << h->cluster_bits;
+    const uint64_t length = reftable_bytes(c);
     c->block_count = length / 8;
     free(c->blocks);
     c->blocks = calloc(c->block_count, sizeof *c->blocks);
@@ -450,13 +456,12 @@ int count_all(struct checker *c)
         rc = count_snapshots(c);
     if (rc == 0)
         rc = count_l2_tables(c);
-    if (rc >= 0 && h->snapshot_count)
-        rc = count(c, "snapshot table", h->snapshots_offset, c->snapshots_length, 1, NOWHERE);
-    if (rc >= 0)
-        rc = count(c, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << h->cluster_bits, 1, NOWHERE);
-    if (rc == 1)
-        c->rebuild = true;
-    if (rc >= 0)
+    if (rc == 0 && h->snapshot_count)
+        rc = count_table(c, "snapshot table", h->snapshots_offset, c->snapshots_length);
+    if (rc == 0)
+        rc = count_table(c, "refcount table", h->reftable_offset, reftable_bytes(c));
+    c->rebuild |= !within_file(c, h->reftable_offset, reftable_bytes(c));
+    if (rc == 0)
         rc = count_bitmaps(c);
     return rc == 0 ? count_refcount_blocks(c) : rc;
 }

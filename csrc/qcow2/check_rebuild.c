@@ -19,17 +19,24 @@ struct plan {
 
 /* ---- what is there, without what is to be replaced ---- */
 
+/* As it was counted: what is inside of the file. */
+static void forget_table(struct checker *c, uint64_t offset, uint64_t length)
+{
+    if (within_file(c, offset, length))
+        refs_remove(c, offset, length);
+    else if (offset < c->length)
+        refs_remove(c, offset, c->length - offset);
+}
+
 static void forget_old(struct checker *c)
 {
     const struct header *h = c->header;
-    const uint64_t table = (uint64_t)h->reftable_clusters << h->cluster_bits, l1 = h->l1_size * UINT64_C(8);
-    if (within_file(c, h->reftable_offset, table))
-        refs_remove(c, h->reftable_offset, table);
+    forget_table(c, h->reftable_offset, reftable_bytes(c));
     for (uint64_t i = 0; i < c->block_count; i++)
         if (c->blocks[i] & ~BLOCK_UNKNOWN)
             refs_remove(c, c->blocks[i] & ~BLOCK_UNKNOWN, cluster_size(c));
-    if (c->move_l1 && within_file(c, h->l1_offset, l1))
-        refs_remove(c, h->l1_offset, l1);
+    if (c->move_l1)
+        forget_table(c, h->l1_offset, h->l1_size * UINT64_C(8));
 }
 
 /* Which L2 tables are to be moved, and how many. */
