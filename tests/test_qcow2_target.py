@@ -439,7 +439,7 @@ def test_commands_create_info_and_map(tmp_path):
     words = {tuple(line.split()[2:4]) for line in lines[1:]}
     assert words == {("data", "0"), ("zero", "0"), ("data", "1"), ("compressed", "1"), ("zero", "-")}
 
-    _, err = command("info", top, "--no-backing", status=1)
+    _, err = command("map", top, "--no-backing", status=1)
     assert "backing files were not allowed" in err
     _, err = command("create", tmp_path / "x.qcow2", status=1)
     assert "needs a size, or a backing file" in err
@@ -448,7 +448,9 @@ def test_commands_create_info_and_map(tmp_path):
     _, err = command(*create, status=1)
     assert "(here: --backing-root)" in err
     command(*create, "--backing-root", tmp_path)
-    command("info", tmp_path / "sub" / "x.qcow2", "--backing-root", tmp_path)
+    command("map", tmp_path / "sub" / "x.qcow2", "--backing-root", tmp_path)
+    text, _ = command("info", tmp_path / "sub" / "x.qcow2")
+    assert "../base.qcow2" in text, "to look at, no backing file is opened"
 
 
 def test_example_of_the_guide(tmp_path, monkeypatch):
