@@ -79,6 +79,7 @@ typedef struct fl_image_options {
     /* Backing files are opened below this directory only, symbolic links resolved. NULL: the directory of the image that names them; "/":
        anywhere; "-": never. Always read-only, and only with a format that the image tells. */
     const char *backing_root;
+    int inspect;                /* to look at only: no backing file is opened, and what is on the disk can't be read. Not with `writable` */
     /* of fl_image_create only, and for qcow2 only */
     uint32_t cluster_size;      /* a power of two, 512 bytes to 2 MiB; 0: 64 KiB */
     const char *backing;        /* what the image shall say: a relative path is relative to the image's directory. NULL: none */
