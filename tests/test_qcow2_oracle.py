@@ -1,0 +1,141 @@
+"""The qcow2 driver against QEMU's: images made by qemu-img in all combinations of options, changed at random by our driver
+and by qemu-io in turn, judged by `qemu-img check`, by `qemu-img compare` with a model, and by reading them ourselves.
+
+PYFLEECE_QCOW2_FULL=1 in the environment: every combination of options, not just enough that every two choices meet (some
+thousand; a share of them: PYFLEECE_QCOW2_FULL=3/50 is the third of fifty shares). PYFLEECE_SEED: other operations.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import qcow2_kit as kit
+from conftest import require
+from qcow2_kit import DIRTY, KIB, MIB, Options, Subject
+
+import pyfleece
+
+SEED = int(os.environ.get("PYFLEECE_SEED", "1"))
+
+
+def selection() -> list[Options]:
+    wanted = os.environ.get("PYFLEECE_QCOW2_FULL", "")
+    if not wanted:
+        return kit.pairwise()
+    share, _, of = wanted.partition("/")
+    return kit.every_combination()[int(share) - 1 :: int(of)] if of else kit.every_combination()
+
+
+@pytest.fixture(autouse=True)
+def tools() -> None:
+    require("qemu-img", "qemu-io")
+
+
+def open_writable(subject: Subject, rng: random.Random) -> pyfleece.Image:
+    """With a cache that is too small for what is coming, now and then."""
+    cache_size = rng.choice([None, 1, 64 * KIB])
+    return pyfleece.open(subject.path, "r+", cache_size=cache_size)
+
+
+def round_by_us(subject: Subject) -> None:
+    """Some operations, a verification while the image is open, more operations, and one when it is closed."""
+    rng = subject.rng
+    with open_writable(subject, rng) as image:
+        kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(rng.randrange(3, 14))])
+        if rng.random() < 0.5:
+            image.flush()
+            kit.verify(subject, image)
+        kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(rng.randrange(3, 14))])
+        kit.verify_reading(image, subject)
+    kit.verify(subject)
+    assert not kit.header_of(subject.path).incompatible & DIRTY
+
+
+def round_by_qemu(subject: Subject) -> None:
+    """Some operations; qemu-io may die after its flush, and leave lazy refcounts to be rebuilt."""
+    rng = subject.rng
+    die = subject.options.lazy_refcounts and rng.random() < 0.5
+    kit.by_qemu(subject, [subject.operation(kit.ALL_KINDS) for _ in range(rng.randrange(3, 12))], die=die)
+    if not die:
+        kit.verify(subject)
+    with pyfleece.open(subject.path) as image:
+        kit.verify_reading(image, subject)
+
+
+@pytest.mark.parametrize("options", selection(), ids=lambda options: options.id)
+def test_in_turn_with_qemu(options: Options, tmp_path: Path) -> None:
+    subject = kit.make(tmp_path, options, SEED)
+    with pyfleece.open(subject.path) as image:
+        kit.verify_reading(image, subject)
+    for number in range(2):
+        round_by_us(subject)
+        if options.snapshots and number == 0:
+            kit.take_snapshot(subject, "midway")
+        round_by_qemu(subject)
+    round_by_us(subject)
+
+
+THREADED = [
+    Options(cluster_size=512),
+    Options(cluster_size=4 * KIB, compat="0.10", snapshots=1),
+    Options(cluster_size=4 * KIB, backing="chain", snapshots=3, compression="zstd"),
+    Options(cluster_size=64 * KIB, backing="qcow2<", refcount_bits=4, snapshots=1),
+    Options(cluster_size=64 * KIB, preallocation="metadata", refcount_bits=1),
+]
+
+
+@pytest.mark.parametrize("options", THREADED, ids=lambda options: options.id)
+def test_many_threads(options: Options, tmp_path: Path) -> None:
+    """Each thread has sectors of its own, in clusters that it shares with the others; some have whole clusters, which
+    they discard as well.
+    """
+    subject = kit.make(tmp_path, options, SEED)
+    threads, sector = 4, kit.SECTOR
+    with open_writable(subject, subject.rng) as image:
+
+        def work(number: int) -> None:
+            rng = random.Random(f"{SEED} {options.id} {number}")
+            mine = Subject(options, subject.path, subject.model, rng, hot=subject.hot)
+            for _ in range(60):
+                operation = mine.operation(("write", "write", "write", "zero", "discard", "compressed", "flush"))
+                if operation.kind == "flush":
+                    if rng.random() < 0.3:
+                        image.flush()
+                    continue
+                stripe = sector if operation.kind in ("write", "zero") else options.cluster_size
+                at = operation.offset // (stripe * threads * 2) * stripe * threads * 2
+                at += (number if stripe == sector else threads + number) * stripe
+                length = min(stripe, subject.size - at)
+                if length <= 0:
+                    continue
+                if operation.kind in ("write", "compressed"):
+                    data = (operation.data * (length // len(operation.data) + 1))[:length]
+                    done = kit.Operation(operation.kind, at, length, data)
+                else:
+                    done = kit.Operation(operation.kind, at, length)
+                kit.one_by_us(image, mine, done)
+                mine.apply_to_model(done, effective=not mine.discards_nothing())
+                assert image.pread(length, at) == mine.model.read(length, at)
+
+        failures: list[BaseException] = []
+
+        def guarded(number: int) -> None:
+            try:
+                work(number)
+            except BaseException as error:
+                failures.append(error)
+
+        # The stripes of a sector lie in the first half of each group of clusters, those of a cluster in its second half.
+        workers = [threading.Thread(target=guarded, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if failures:
+            raise failures[0]
+        kit.verify_reading(image, subject)
+    kit.verify(subject)
