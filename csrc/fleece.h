@@ -70,10 +70,19 @@ typedef struct fl_extent { uint64_t offset, length; int kind; } fl_extent;
 typedef struct fl_image fl_image;
 
 typedef struct fl_image_options {
-    const char *format;         /* "raw"; never NULL: nothing is guessed */
+    const char *format;         /* "raw" or "qcow2"; never NULL: nothing is guessed */
     int writable;
     int direct;                 /* O_DIRECT; buffers, offsets and lengths may be unaligned all the same */
     int share;                  /* take no lock: another program may have it open for writing */
+    uint64_t cache_size;        /* qcow2: the most bytes that its tables may take in memory, for each image of a chain; 0: the default */
+    /* Backing files are opened below this directory only, symbolic links resolved. NULL: the directory of the image that names them; "/":
+       anywhere; "-": never. Always read-only, and only with a format that the image tells. */
+    const char *backing_root;
+    /* of fl_image_create only, and for qcow2 only */
+    uint32_t cluster_size;      /* a power of two, 512 bytes to 2 MiB; 0: 64 KiB */
+    const char *backing;        /* what the image shall say: a relative path is relative to the image's directory. NULL: none */
+    const char *backing_format; /* with backing: "raw" or "qcow2" */
+    const char *compression;    /* of clusters that are written compressed: "zlib" or "zstd"; NULL: zlib */
 } fl_image_options;
 
 typedef struct fl_image_info {
@@ -83,7 +92,47 @@ typedef struct fl_image_info {
     uint32_t alignment;         /* what the storage asks of offsets and lengths: 1 when buffered */
     int block_device, writable, direct;
     char format[16];
+    /* what only some formats have, else 0 and "" */
+    uint32_t version;           /* qcow2: 2 or 3 */
+    uint32_t refcount_bits;
+    int dirty, corrupt, lazy_refcounts;         /* as the file says */
+    char compression[8];        /* of compressed clusters */
+    char backing[1024], backing_format[16];     /* as the image tells; "": none */
+    uint32_t snapshots, bitmaps;                /* how many fl_image_snapshots and fl_image_bitmaps list */
 } fl_image_info;
+
+/* A snapshot inside of an image, made by another program. They are kept as they are: nothing here makes, reads or removes one. */
+typedef struct fl_internal_snapshot {
+    char id[128], name[256];    /* longer ones are cut */
+    uint64_t size;              /* of the disk then; 0: not told, it is as the image's */
+    uint64_t vm_state_size;     /* bytes */
+    uint64_t date_ns;           /* since 1970 */
+    uint64_t vm_clock_ns;
+    uint64_t icount;            /* UINT64_MAX: not told */
+} fl_internal_snapshot;
+
+/* A dirty bitmap stored in an image. */
+typedef struct fl_persistent_bitmap {
+    char name[1024];
+    uint64_t granularity;       /* bytes */
+    int in_use;                 /* not closed properly: it is not to be trusted */
+    int enabled;                /* whoever writes the image must keep it up to date ("auto") */
+    int extra;                  /* it has extra data of an unknown kind */
+} fl_persistent_bitmap;
+
+enum fl_map_flags {
+    FL_MAP_DATA = 1,            /* may hold anything */
+    FL_MAP_ZERO = 2,            /* reads as zeros */
+    FL_MAP_ALLOCATED = 4,       /* an image of the chain says what is here: `depth` tells which; else nobody does, and it reads as zeros */
+    FL_MAP_COMPRESSED = 8,
+    FL_MAP_OFFSET = 16          /* the bytes are in that image's file, at `host_offset` */
+};
+
+typedef struct fl_mapping {
+    uint64_t offset, length, host_offset;
+    uint32_t depth;             /* 0: this image; 1: its backing file, ... */
+    int flags;                  /* enum fl_map_flags, or'ed */
+} fl_mapping;
 
 /* Open a regular file or a block device. -FL_ELOCKED: in use; -FL_EFORMAT; -errno. */
 int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
@@ -100,7 +149,18 @@ int fl_image_flush(fl_image *image, fl_error *error);
 /* Describe [offset, offset + length) in up to `max` extents, in order and without gaps, from `offset` on; `found` may cover less
    than was asked for (call again from where it ended), but never nothing. Neighbours differ in kind. */
 int fl_image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+/* The same for the place of the bytes: which image of the chain has them, and where. */
+int fl_image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
+/* Write whole clusters (the last one of the image may be short), each compressed if that makes it smaller. They must not be allocated
+   before. -EOPNOTSUPP: the format has no compression; -EINVAL: not whole clusters. */
+int fl_image_write_compressed(fl_image *image, const void *buffer, size_t count, uint64_t offset, fl_error *error);
+/* Make the disk larger; what is new reads as zeros. -EBUSY while a disk, a snapshot or a backup uses the image; -EINVAL: it would shrink;
+   -EOPNOTSUPP: not with this format. */
+int fl_image_grow(fl_image *image, uint64_t size, fl_error *error);
 int fl_image_info_get(fl_image *image, fl_image_info *info, fl_error *error);
+/* The snapshots, or dirty bitmaps, that are stored in the file, from the `first`th on; found is 0 at the end. -FL_EFORMAT: damaged. */
+int fl_image_snapshots(fl_image *image, size_t first, fl_internal_snapshot *snapshots, size_t max, size_t *found, fl_error *error);
+int fl_image_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bitmaps, size_t max, size_t *found, fl_error *error);
 /* Snapshots, disks and jobs that use the image keep it open until they end. */
 int fl_image_close(fl_image *image, fl_error *error);
 void fl_image_free(fl_image *image);

@@ -53,6 +53,19 @@ int io_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset,
 int io_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
 int io_flush(struct io *io, fl_error *error);
 
+/* For formats whose file grows (`size` stays what it was at opening). */
+/* As io_readv; what is beyond the end of the file reads as zeros. */
+int io_read_padded(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+/* The same, through the page cache even where transfers are direct. Not for blocks that hold data which is transferred directly. */
+int io_read_metadata(struct io *io, void *buffer, size_t length, uint64_t offset, fl_error *error);
+int io_write_metadata(struct io *io, const void *buffer, size_t length, uint64_t offset, fl_error *error);
+uint64_t io_length(struct io *io);      /* bytes of the file now; of a device, its size */
+int io_set_length(struct io *io, uint64_t length, fl_error *error);     /* -ENOSPC: the device is smaller */
+/* Give the space of exactly these bytes back, whoever writes beside them; they then read as zeros, or as before. false: not done. */
+bool io_punch(struct io *io, uint64_t count, uint64_t offset);
+/* From now on transfers go through the page cache. Before the first transfer only. */
+void io_direct_end(struct io *io);
+
 /* The range reads as zeros afterwards, and its space is given back where that is possible. */
 int io_zero(struct io *io, uint64_t count, uint64_t offset, fl_error *error);
 /* Give the space back where that is possible; else success and nothing. While io_punches the range reads as zeros afterwards. */
@@ -92,7 +105,7 @@ void io_unlock(struct io *io);
 
 /* io_direct.c. Open direct_fd beside fd, and find out the alignments. */
 int io_direct_open(struct io *io, const char *path, fl_error *error);
-int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *moved, fl_error *error);  /* *moved < length: the file ends there */
 int io_direct_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
 
 #endif
