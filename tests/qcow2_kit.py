@@ -1,19 +1,18 @@
-"""qcow2 images for tests: made by qemu-img in all combinations of options, changed by qemu-io and by our driver in turn,
-and a model of what they must hold.
+"""qcow2 images for tests: made by qemu-img in all combinations of options, changed by qemu-io and by our driver in
+turn, and a model of what they must hold.
 
 The model is a raw file with holes, so `qemu-img compare` reads it too, and no image is too large for it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import random
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ import pyfleece
 
 KIB, MIB = 1 << 10, 1 << 20
 SECTOR = 512
-ZSTD_NEEDS_VERSION_3 = "compression_type=zstd"
-FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
 
 # Incompatible feature bits of the header.
 DIRTY, CORRUPT = 1, 2
@@ -61,7 +58,7 @@ class Options:
             return False
         if self.preallocation != "off" and self.backing != "none":
             return False
-        return not self.snapshots or self.refcount_bits >= 4        # fewer bits can't count all that refers to a cluster
+        return not self.snapshots or self.refcount_bits >= 4        # fewer can't count all that refers to a cluster
 
     @property
     def size(self) -> int:
@@ -161,6 +158,12 @@ class Model:
             piece = min(length, MIB)
             self.write(bytes(piece), offset)
             length, offset = length - piece, offset + piece
+
+    def cut(self, offset: int) -> None:
+        """Nothing is left from there on."""
+        if offset < self.size:
+            os.ftruncate(self.fd, offset)
+            os.ftruncate(self.fd, self.size)
 
     def read(self, length: int, offset: int) -> bytes:
         data = os.pread(self.fd, length, offset)
@@ -293,7 +296,7 @@ def hot_parts(options: Options) -> list[tuple[int, int]]:
 
 
 def _make_backing(directory: Path, subject: Subject) -> tuple[Path, str] | None:
-    """The backing files, all in the model; the topmost and its format."""
+    """The backing files, whose content goes into the model; the topmost one and its format."""
     kind, size, rng = subject.options.backing, subject.size, subject.rng
     if kind == "none":
         return None
@@ -312,7 +315,7 @@ def _make_backing(directory: Path, subject: Subject) -> tuple[Path, str] | None:
         options = ["-o", arguments] if arguments else []
         tool("qemu-img", "create", "-q", "-f", format, *options, *extra, path, f"{length}")
         if length < visible:
-            subject.model.zero(min(visible, size) - length, length) if visible <= 32 * MIB else _zero_hot(subject, length)
+            subject.model.cut(length)
         visible = length
         commands = []
         for _ in range(10):
@@ -330,12 +333,6 @@ def _make_backing(directory: Path, subject: Subject) -> tuple[Path, str] | None:
             tool("qemu-io", "-f", format, *commands, path)
         below = (path, format)
     return below
-
-
-def _zero_hot(subject: Subject, start: int) -> None:
-    for first, end in subject.hot:
-        if end > start:
-            subject.model.zero(end - max(first, start), max(first, start))
 
 
 def checksum(path: Path) -> int:
@@ -373,7 +370,8 @@ def by_qemu(subject: Subject, operations: Sequence[Operation], *, die: bool = Fa
         elif operation.kind == "flush":
             command = "flush"
         else:
-            command = {"zero": "write -q -z", "unmap": "write -q -z -u", "discard": "discard -q"}[operation.kind] + f" {where}"
+            words = {"zero": "write -q -z", "unmap": "write -q -z -u", "discard": "discard -q"}
+            command = f"{words[operation.kind]} {where}"
         commands += ["-c", command]
         subject.apply_to_model(operation, effective=not subject.discards_nothing())
     if die:
@@ -428,8 +426,8 @@ def verify(subject: Subject, image: pyfleece.Image | None = None) -> None:
     tool(*command)
     assert not header_of(subject.path).incompatible & (DIRTY | CORRUPT) or subject.options.lazy_refcounts
     for name, kept in subject.kept.items():
-        out = subject.path.with_name("snapshot.out")
-        tool("qemu-img", "convert", *share, "-f", "qcow2", "-l", f"snapshot.name={name}", "-O", "raw", subject.path, out)
+        out, which = subject.path.with_name("snapshot.out"), f"snapshot.name={name}"
+        tool("qemu-img", "convert", *share, "-f", "qcow2", "-l", which, "-O", "raw", subject.path, out)
         tool("qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", out, kept)
         out.unlink()
     for path, known in subject.backing.items():
@@ -528,28 +526,3 @@ def blocks(path: Path) -> int:
     """Bytes that the file occupies."""
     os.sync()
     return os.stat(path).st_blocks * 512
-
-
-def punch(fd: int, offset: int, length: int) -> None:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
-    if libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
-        raise OSError(ctypes.get_errno(), "fallocate")
-
-
-def data_extents(path: Path) -> Iterator[tuple[int, int]]:
-    """Where the file has data, as its file system says."""
-    with path.open("rb") as file:
-        end, size = 0, os.fstat(file.fileno()).st_size
-        while end < size:
-            try:
-                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
-            except OSError:
-                return
-            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-            yield start, end - start
-
-
-__all__ = [name for name in dir() if not name.startswith("_") and name not in ("fcntl", "Callable")]

@@ -1,8 +1,9 @@
-"""The qcow2 driver against QEMU's: images made by qemu-img in all combinations of options, changed at random by our driver
-and by qemu-io in turn, judged by `qemu-img check`, by `qemu-img compare` with a model, and by reading them ourselves.
+"""The qcow2 driver against QEMU's: images made by qemu-img in all combinations of options, changed at random by our
+driver and by qemu-io in turn, judged by `qemu-img check`, by `qemu-img compare` with a model, and by reading them
+ourselves.
 
-PYFLEECE_QCOW2_FULL=1 in the environment: every combination of options, not just enough that every two choices meet (some
-thousand; a share of them: PYFLEECE_QCOW2_FULL=3/50 is the third of fifty shares). PYFLEECE_SEED: other operations.
+PYFLEECE_QCOW2_FULL=1 in the environment: every combination of options (some thousand), not just enough that every two
+choices meet; a share of them: PYFLEECE_QCOW2_FULL=3/50 is the third of fifty shares. PYFLEECE_SEED: other operations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import qcow2_kit as kit
 from conftest import require
-from qcow2_kit import DIRTY, KIB, MIB, Options, Subject
+from qcow2_kit import DIRTY, KIB, Options, Subject
 
 import pyfleece
 
@@ -129,7 +130,6 @@ def test_many_threads(options: Options, tmp_path: Path) -> None:
             except BaseException as error:
                 failures.append(error)
 
-        # The stripes of a sector lie in the first half of each group of clusters, those of a cluster in its second half.
         workers = [threading.Thread(target=guarded, args=(number,)) for number in range(threads)]
         for worker in workers:
             worker.start()
