@@ -1,8 +1,9 @@
 /* stress.c: many writers against snapshots that are cut, read, released, backed up and closed all the time; checked byte for byte.
  *
- * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct]
+ * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct] [--qcow2]
  *
- * The source and the fleecing images are made in DIR. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
+ * The source and the fleecing images are made in DIR. With --qcow2 they and the targets are qcow2 images of various cluster sizes, and the
+ * two sources are left there, for others to check. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
  * writers out for a moment, so that every byte of the snapshot is known; a hot one runs among them and is checked by what the granules
  * say of themselves, and by chains: a writer's sector X is written, then Y, then (on a second disk) Z, each after the one before was
  * acknowledged, so at one instant Z <= Y <= X <= Z + 1.
@@ -25,8 +26,26 @@
 
 static const char *directory;
 static uint64_t seed = 1;
-static bool direct;
+static bool direct, qcow2;
 static fl_image *source, *twin_image;
+
+/* A new image that loses its name when it is not to be `kept`. */
+static fl_image *new_image(const char *name, uint64_t size, bool goes_direct, bool kept, uint64_t *random)
+{
+    char path[4096];
+    fl_image_options options = { .format = qcow2 ? "qcow2" : "raw", .writable = 1, .direct = goes_direct };
+    fl_image *image;
+    if (qcow2) {
+        options.cluster_size = 512u << below(random, 8);
+        options.cache_size = chance(random, 50) ? 1 : 0;
+    }
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    unlink(path);               /* of a run that failed */
+    MUST(fl_image_create(path, size, &options, &image, &why));
+    if (!kept)
+        unlink(path);
+    return image;
+}
 
 /* ---- the users of snapshots ---- */
 
@@ -151,18 +170,16 @@ static bool was_lost(fl_backup *job, uint64_t offset, uint64_t length)
 
 static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
 {
-    char path[4096];
+    char name[64];
     bool chunks = chance(random, 40);
-    fl_image_options create = { .format = "raw", .writable = 1 };
     fl_backup_options options = { .granularity = s->cluster << below(random, 4), .workers = 1 + (uint32_t)below(random, 4),
                                   .buffers = chunks ? 2 + (uint32_t)below(random, 7) : 0, .discard = chunks || chance(random, 70),
                                   .target_is_zero = chance(random, 50), .skip_lost = tight };
     fl_image *target = NULL;
     fl_backup *job;
-    snprintf(path, sizeof path, "%s/target-%u.raw", directory, number);
-    unlink(path);               /* of a run that failed */
+    snprintf(name, sizeof name, "target-%u", number);
     if (!chunks)
-        MUST(fl_image_create(path, DISK_SIZE, &create, &target, &why));
+        target = new_image(name, DISK_SIZE, false, false, random);
     if (options.discard)
         mark(s, s->to_release, DISK_SIZE, 0);
     int rc = fl_backup_start(s->snapshot, target, &options, &job, &why);
@@ -202,8 +219,6 @@ static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
     MUST(fl_backup_close(job, &why));
     fl_backup_free(job);
 out:
-    if (!chunks)
-        unlink(path);
     fl_image_free(target);
 }
 
@@ -235,7 +250,10 @@ static fl_image *make_fleecing(uint64_t size, fl_image **inner, uint64_t *random
     slow.seed = next_random(random);
     bad_write.seed = next_random(random);
     bad_read.seed = next_random(random);
-    MUST(fl_image_create_nameless(directory, size, inner, &why));
+    if (qcow2)
+        *inner = new_image("fleecing", size, false, false, random);
+    else
+        MUST(fl_image_create_nameless(directory, size, inner, &why));
     MUST(fl_image_faulty(*inner, &faulty, &why));
     if (tight) {
         slow.delay_ns = 10 * MILLISECOND;
@@ -426,15 +444,11 @@ static void *cutter_body(void *argument)
 
 static fl_image *make_source(const char *name, uint64_t size, fl_image **inner)
 {
-    char path[4096];
+    uint64_t random = seed + size;
     fl_image *faulty;
-    fl_image_options options = { .format = "raw", .writable = 1, .direct = direct };
     fl_fault slow = { .ops = FL_OP_READ, .action = FL_FAULT_DELAY, .nth = 1, .delay_ns = MILLISECOND,
                       .probability = 0.05, .seed = seed };
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    unlink(path);
-    MUST(fl_image_create(path, size, &options, inner, &why));
-    unlink(path);
+    *inner = new_image(name, size, direct, qcow2, &random);
     MUST(fl_image_faulty(*inner, &faulty, &why));
     MUST(fl_fault_add(faulty, &slow, &why));
     return faulty;
@@ -524,7 +538,8 @@ int main(int argc, char **argv)
 {
     static const struct option names[] = {
         { "seconds", required_argument, NULL, 's' }, { "seed", required_argument, NULL, 'r' }, { "threads", required_argument, NULL, 't' },
-        { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' }, { NULL, 0, NULL, 0 }
+        { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' },
+        { "qcow2", no_argument, NULL, 'q' }, { NULL, 0, NULL, 0 }
     };
     uint64_t seconds = 4;
     unsigned threads = 4;
@@ -536,12 +551,14 @@ int main(int argc, char **argv)
         case 't': threads = (unsigned)strtoul(optarg, NULL, 0); break;
         case 'm': mode = optarg; break;
         case 'd': direct = true; break;
+        case 'q': qcow2 = true; break;
         default: return 2;
         }
     }
     bool calm_runs = strcmp(mode, "tight") != 0, tight_runs = strcmp(mode, "calm") != 0;
     if (optind != argc - 1 || threads < 1 || threads > MAX_WRITERS || (calm_runs && tight_runs && strcmp(mode, "both"))) {
-        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct]\n", MAX_WRITERS);
+        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct] [--qcow2]\n",
+                MAX_WRITERS);
         return 2;
     }
     directory = argv[optind];
@@ -556,10 +573,12 @@ int main(int argc, char **argv)
     pthread_rwlockattr_init(&attr);
     pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     CHECK(!pthread_rwlock_init(&exact, &attr));
+    if (qcow2)
+        disk_size = align_up(disk_size, SECTOR);
     model_init(threads, seed);
     fl_image *twin_inner;
-    source = make_source("source.raw", DISK_SIZE, &beneath);
-    twin_image = make_source("twin.raw", TWIN_SIZE, &twin_inner);
+    source = make_source(qcow2 ? "source.qcow2" : "source.raw", DISK_SIZE, &beneath);
+    twin_image = make_source(qcow2 ? "twin.qcow2" : "twin.raw", TWIN_SIZE, &twin_inner);
     fill(source);
     MUST(fl_disk_open(source, &disk, &why));
     MUST(fl_disk_open(twin_image, &twin, &why));
@@ -589,7 +608,7 @@ int main(int argc, char **argv)
     }
     free(model);
     free(granules);
-    printf("seed %" PRIu64 ", %u writers, mode %s%s\n", seed, threads, mode, direct ? ", direct" : "");
+    printf("seed %" PRIu64 ", %u writers, mode %s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2 ? ", qcow2" : "");
     report(calm_runs, tight_runs, seconds >= LONG_RUN);
     return 0;
 }
