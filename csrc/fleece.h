@@ -290,6 +290,7 @@ typedef struct fl_backup_options {
     uint64_t speed;             /* bytes per second; 0: unlimited */
     int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
+    int compress;               /* whole clusters of the target, which were never written before, are written compressed */
     int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
 } fl_backup_options;
 

@@ -156,7 +156,7 @@ invalid:
 
 int image_readv(fl_image *image, const struct iovec *iov, int count, uint64_t offset, fl_error *error)
 {
-    size_t length;
+    size_t length = 0;
     int rc = check_vector(image, "read", iov, count, offset, &length, error);
     if (rc == 0)
         rc = check_range(image, "read", length, offset, error);
@@ -165,7 +165,7 @@ int image_readv(fl_image *image, const struct iovec *iov, int count, uint64_t of
 
 int image_writev(fl_image *image, const struct iovec *iov, int count, uint64_t offset, fl_error *error)
 {
-    size_t length;
+    size_t length = 0;
     int rc = check_vector(image, "write", iov, count, offset, &length, error);
     if (rc == 0)
         rc = check_range(image, "write", length, offset, error);

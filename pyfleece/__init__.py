@@ -31,7 +31,8 @@ from pyfleece.errors import (
     TruncatedError,
 )
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
-from pyfleece.image import Image, ImageInfo, create, open
+from pyfleece.image import Image, create, open
+from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -60,11 +61,15 @@ __all__ = [
     "ImageError",
     "ImageInfo",
     "ImageLockedError",
+    "InternalSnapshot",
     "Latency",
     "LostError",
+    "MapEntry",
     "OutOfRangeError",
     "OutsideBitmapError",
+    "PersistentBitmap",
     "Progress",
+    "Qcow2Info",
     "Result",
     "Snapshot",
     "SnapshotBrokenError",
