@@ -574,7 +574,7 @@ int main(int argc, char **argv)
     pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     CHECK(!pthread_rwlock_init(&exact, &attr));
     if (qcow2)
-        disk_size = align_up(disk_size, SECTOR);
+        disk_size = (disk_size + SECTOR - 1) / SECTOR * SECTOR;     /* as qcow2 counts */
     model_init(threads, seed);
     fl_image *twin_inner;
     source = make_source(qcow2 ? "source.qcow2" : "source.raw", DISK_SIZE, &beneath);
