@@ -8,6 +8,7 @@ choices meet; a share of them: PYFLEECE_QCOW2_FULL=3/50 is the third of fifty sh
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import qcow2_kit as kit
 from conftest import require
-from qcow2_kit import DIRTY, KIB, Options, Subject
+from qcow2_kit import DIRTY, KIB, MIB, SECTOR, Options, Subject
 
 import pyfleece
 
@@ -139,3 +140,92 @@ def test_many_threads(options: Options, tmp_path: Path) -> None:
             raise failures[0]
         kit.verify_reading(image, subject)
     kit.verify(subject)
+
+
+MAPPED = [
+    Options(cluster_size=4 * KIB, backing="chain", snapshots=1),
+    Options(cluster_size=512, backing="raw>", refcount_bits=64),
+    Options(compat="0.10", cluster_size=4 * KIB, backing="qcow2="),
+    Options(cluster_size=64 * KIB, preallocation="falloc"),
+]
+
+
+@pytest.mark.parametrize("options", MAPPED, ids=lambda options: options.id)
+def test_map_says_what_qemu_says(options: Options, tmp_path: Path) -> None:
+    """Which image of the chain has the data, and where in its file."""
+    subject = kit.make(tmp_path, options, SEED)
+    with open_writable(subject, subject.rng) as image:
+        kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(25)])
+    theirs = json.loads(kit.tool("qemu-img", "map", "--output=json", subject.path))
+    with pyfleece.open(subject.path) as image:
+        ours = list(image.map())
+    position = 0
+    for entry in ours:
+        assert entry.offset == position and entry.length > 0
+        position += entry.length
+    assert position == subject.size
+    compared = 0
+    edges = sorted({entry.offset for entry in ours} | {entry["start"] for entry in theirs})
+    for edge in edges:
+        mine = next(entry for entry in ours if entry.offset <= edge < entry.offset + entry.length)
+        qemus = next(entry for entry in theirs if entry["start"] <= edge < entry["start"] + entry["length"])
+        if qemus["data"] and not qemus["zero"]:
+            assert mine.kind == "data" and mine.allocated and mine.depth == qemus["depth"], (mine, qemus)
+            assert mine.compressed == ("offset" not in qemus), (mine, qemus)
+            if not mine.compressed:
+                assert mine.host_offset is not None
+                assert mine.host_offset + edge - mine.offset == qemus["offset"] + edge - qemus["start"], (mine, qemus)
+            compared += 1
+        elif mine.kind == "data":               # a hole of its file is no secret to QEMU
+            assert mine.depth == qemus["depth"] and "offset" in qemus, (mine, qemus)
+    assert compared > 10
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4 * KIB, 64 * KIB])
+@pytest.mark.parametrize("snapshots", [0, 1])
+def test_growth(cluster_size: int, snapshots: int, tmp_path: Path) -> None:
+    """A disk is made larger again and again, its L1 table moves, and QEMU reads on."""
+    options = Options(cluster_size=cluster_size, snapshots=snapshots)
+    subject = kit.make(tmp_path, options, SEED)
+    for step in (SECTOR, 300 * KIB, 40 * MIB):
+        with pyfleece.open(subject.path, "r+") as image:
+            image.grow(subject.size + step)
+            os.ftruncate(subject.model.fd, subject.size + step)
+            subject.model.size += step
+            assert image.size == subject.size
+            subject.hot = [(subject.size - min(step, 100 * KIB), subject.size)]
+            kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(8)])
+            kit.verify_reading(image, subject)
+        kept, subject.kept = subject.kept, {}       # a snapshot has the size that the disk had then
+        kit.verify(subject)
+        for name, path in kept.items():
+            out = tmp_path / "out.raw"
+            kit.tool("qemu-img", "convert", "-l", f"snapshot.name={name}", "-O", "raw", subject.path, out)
+            kit.tool("qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", out, path)
+        subject.kept = kept
+    kit.by_qemu(subject, [subject.operation(kit.ALL_KINDS) for _ in range(8)])
+    with pyfleece.open(subject.path) as image:
+        kit.verify_reading(image, subject)
+
+
+def test_images_that_we_make(tmp_path: Path) -> None:
+    """`create` in all cluster sizes, with and without a backing file: QEMU finds nothing wrong, and goes on with them."""
+    for number, bits in enumerate(range(9, 22)):
+        options = Options(cluster_size=1 << bits, compression="zstd" if bits % 2 else "zlib")
+        path, size = tmp_path / f"{bits}.qcow2", (5 << bits) + 3 * SECTOR
+        below = tmp_path / f"{bits}.raw"
+        model = kit.Model(tmp_path / f"{bits}.model", size)
+        extra: dict[str, str] = {}
+        if number % 3:
+            data = random.Random(bits).randbytes(size // 2)
+            below.write_bytes(data)
+            model.write(data, 0)
+            extra = {"backing": below.name, "backing_format": "raw"}
+        with pyfleece.create(path, size, cluster_size=1 << bits, compression=options.compression, **extra) as image:
+            assert image.cluster_size == 1 << bits and image.size == size
+            subject = Subject(options, path, model, random.Random(bits), hot=[(0, size)])
+            kit.verify(subject, image)
+            kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(10)])
+        kit.verify(subject)
+        kit.by_qemu(subject, [subject.operation(kit.ALL_KINDS) for _ in range(5)])
+        round_by_us(subject)
