@@ -209,7 +209,7 @@ def test_growth(cluster_size: int, snapshots: int, tmp_path: Path) -> None:
 
 
 def test_images_that_we_make(tmp_path: Path) -> None:
-    """`create` in all cluster sizes, with and without a backing file: QEMU finds nothing wrong, and goes on with them."""
+    """`create` in all cluster sizes, with and without a backing file: QEMU finds no fault, and goes on with them."""
     for number, bits in enumerate(range(9, 22)):
         options = Options(cluster_size=1 << bits, compression="zstd" if bits % 2 else "zlib")
         path, size = tmp_path / f"{bits}.qcow2", (5 << bits) + 3 * SECTOR
