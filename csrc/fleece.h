@@ -165,6 +165,42 @@ int fl_image_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bitmap
 int fl_image_close(fl_image *image, fl_error *error);
 void fl_image_free(fl_image *image);
 
+/* ---- is an image as it should be? ---- */
+
+enum fl_repair { FL_REPAIR_NONE, FL_REPAIR_LEAKS, FL_REPAIR_ALL };
+
+enum fl_finding_kind {
+    FL_FOUND_CORRUPTION,        /* using the image may damage data, or has */
+    FL_FOUND_LEAK,              /* space that nobody uses and nobody gets */
+    FL_FOUND_ERROR,             /* the check could not be finished */
+    FL_FOUND_NOTE               /* counted nowhere */
+};
+
+#define FL_CHECK_FINDINGS 256
+
+typedef struct fl_finding {
+    int kind;                   /* enum fl_finding_kind */
+    int repaired;
+    uint64_t guest, host;       /* offsets in the disk and in the file; UINT64_MAX: it has none */
+    uint64_t length;            /* bytes of the file, in clusters */
+    char text[120];
+} fl_finding;
+
+typedef struct fl_check {
+    /* as they are now, after the repair; leaks in clusters, corruptions in entries or clusters */
+    uint64_t corruptions, leaks, check_errors;
+    uint64_t corruptions_fixed, leaks_fixed;
+    uint64_t image_end_offset;  /* behind the last cluster that is in use */
+    uint64_t total_clusters, allocated_clusters, compressed_clusters, fragmented_clusters;    /* of the disk */
+    size_t finding_count;
+    uint64_t findings_dropped;  /* there was no room for so many more */
+    fl_finding findings[FL_CHECK_FINDINGS];
+} fl_check;
+
+/* Check an image that nobody has open, and repair it: enum fl_repair. Of `options`, format and share count. 0: `result` says what was found.
+   -FL_EFORMAT: the header is not even good enough to look further; -EOPNOTSUPP: images of this format can't be checked; -FL_ELOCKED; -errno. */
+int fl_image_check(const char *path, const fl_image_options *options, int repair, fl_check *result, fl_error *error);
+
 /* ---- fault injection: an image around another one (which stays usable), for tests of this library and of its users ---- */
 
 enum fl_op { FL_OP_READ = 1, FL_OP_WRITE = 2, FL_OP_ZERO = 4, FL_OP_DISCARD = 8, FL_OP_FLUSH = 16, FL_OP_EXTENTS = 32, FL_OP_ANY = 63 };

@@ -13,6 +13,7 @@ static const struct format {
     int (*create)(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
 } formats[] = {
     { "raw", raw_open, raw_create },
+    { "qcow2", qcow2_open, qcow2_create },
 };
 
 static int find_format(const char *path, const fl_image_options *options, const struct format **format, fl_error *error)

@@ -98,6 +98,10 @@ int raw_open(const char *path, const fl_image_options *options, fl_image **image
 int raw_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
 int raw_create_nameless(const char *directory, uint64_t size, fl_image **image, fl_error *error);
 
+/* qcow2/qcow2.c */
+int qcow2_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
+int qcow2_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
+
 /* io_fault.c: an image around `inner`, of which it takes a reference. */
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error);
 

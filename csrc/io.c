@@ -118,7 +118,8 @@ int io_fail_truncated(struct io *io, uint64_t end, uint64_t offset, uint64_t len
 }
 
 /* The bytes that came, by way of *done: fewer than `length` when the file ends before. */
-static int read_through_cache(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *done, fl_error *error)
+static int read_through_cache(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *done,
+                              fl_error *error)
 {
     struct iov_cursor cursor = { iov, count, 0 };
     int rc = io_read_all(io->fd, &cursor, offset, length, done);
@@ -150,12 +151,23 @@ static void zero_rest(const struct iovec *iov, int count, size_t done, size_t le
 
 int io_read_padded(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
 {
+    uint64_t reached = atomic_load_explicit(&io->reached, memory_order_relaxed);       /* before the read: others make the file longer */
     size_t done;
     int rc = io->direct_fd >= 0 ? io_direct_readv(io, iov, count, offset, length, &done, error) :
                                   read_through_cache(io, iov, count, offset, length, &done, error);
-    if (rc == 0 && done < length)
+    if (rc == 0 && done < length) {
+        if (UNLIKELY(offset + done < reached))
+            return io_fail_truncated(io, offset + done, offset, length, error);
         zero_rest(iov, count, done, length);
+    }
     return rc;
+}
+
+void io_reaches(struct io *io, uint64_t end)
+{
+    uint64_t reached = atomic_load_explicit(&io->reached, memory_order_relaxed);
+    while (end > reached && !atomic_compare_exchange_weak(&io->reached, &reached, end))
+        ;
 }
 
 int io_read_metadata(struct io *io, void *buffer, size_t length, uint64_t offset, fl_error *error)
@@ -171,7 +183,12 @@ int io_read_metadata(struct io *io, void *buffer, size_t length, uint64_t offset
 int io_write_metadata(struct io *io, const void *buffer, size_t length, uint64_t offset, fl_error *error)
 {
     struct iovec v = { (void *)(uintptr_t)buffer, length };
-    struct iov_cursor cursor = { &v, 1, 0 };
+    return io_writev_metadata(io, &v, 1, offset, length, error);
+}
+
+int io_writev_metadata(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
+{
+    struct iov_cursor cursor = { iov, count, 0 };
     int rc = io_write_all(io->fd, &cursor, offset, length);
     return rc < 0 ? io_fail_write(io, -rc, offset, length, error) : 0;
 }
@@ -277,6 +294,7 @@ static int measure(struct io *io, fl_error *error)
     if (size > SIZE_LIMIT)
         return fail(error, EFBIG, FL_SIDE_NONE, 0, 0, "image '%s' is larger than 2^63 - 1 bytes", io->name);
     io->size = size;
+    atomic_store(&io->reached, io->device ? 0 : size);
     io->block = is_power_of_two(block) && block >= 512 && block <= UINT32_MAX ? (uint32_t)block : 4096;
     return 0;
 }

@@ -11,6 +11,7 @@ Sizes and offsets are bytes, durations seconds. Every call that can block lets g
 from pyfleece._binding import Extent
 from pyfleece.backup import Backup, GroupResult, Result, backup, backup_group
 from pyfleece.bitmap import Bitmaps, DirtyBitmap
+from pyfleece.check import CheckResult, Finding, check
 from pyfleece.chunks import Chunk, Chunks
 from pyfleece.disk import Disk
 from pyfleece.errors import (
@@ -44,6 +45,7 @@ __all__ = [
     "Bar",
     "Bitmaps",
     "CancelledError",
+    "CheckResult",
     "Chunk",
     "Chunks",
     "ClosedError",
@@ -52,6 +54,7 @@ __all__ = [
     "Disk",
     "Error",
     "Extent",
+    "Finding",
     "ForkedError",
     "FormatError",
     "FreezeError",
@@ -80,6 +83,7 @@ __all__ = [
     "__version__",
     "backup",
     "backup_group",
+    "check",
     "create",
     "open",
     "snapshot_group",

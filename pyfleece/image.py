@@ -192,7 +192,7 @@ def create(
     `compression`: "zlib" (None) or "zstd", of clusters that are written compressed.
     """
     name, encoded = _names(path)
-    chosen = _checked(format if format is not None else _format_by_suffix(name), name)
+    chosen = new_format(path, format)
     options = _Options(chosen, True, direct, share, cache_size, backing_root)
     options.set_new(cluster_size, backing, backing_format, compression)
     if size is None:
@@ -210,10 +210,10 @@ def create_nameless(directory: Path, size: int) -> Image:
     return Image(handle, f"a nameless file in {name}", None)
 
 
-def check_new_format(path: Path, format: str | None) -> None:
-    """Raise `FormatError` unless `create` would know what to make of this path and `format=`."""
+def new_format(path: Path, format: str | None) -> str:
+    """The format that `create` would give to an image of this path with this `format=`; else `FormatError`."""
     name, _ = _names(path)
-    _checked(format, name) if format is not None else _format_by_suffix(name)
+    return _checked(format, name) if format is not None else _format_by_suffix(name)
 
 
 class _Options:

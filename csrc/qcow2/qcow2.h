@@ -134,4 +134,11 @@ void bitmaps_free(struct bitmap_directory *directory);
 /* fl_image_bitmaps */
 int bitmaps_list(struct io *io, const struct header *header, size_t first, fl_persistent_bitmap *out, size_t max, size_t *found, fl_error *error);
 
+/* ---- check.c ---- */
+
+/* The file's structure is checked and, by enum fl_repair, repaired; nobody else has it open. 0: it was looked at as a whole, or result->check_errors
+   says that it could not be; the verdict is in `result` (NULL: of no interest). `header` follows what the repair writes; the dirty and corrupt bits
+   are cleared when no corruption is left. */
+int check_file(struct io *io, struct header *header, int repair, fl_check *result, fl_error *error);
+
 #endif

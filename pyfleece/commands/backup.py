@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pyfleece
-from pyfleece.commands.kit import COMMON, IMAGE, Failure, open_image, say, size, speed
+from pyfleece.commands.kit import COMMON, IMAGE, Failure, backing_root, open_image, say, size, speed
 from pyfleece.progress import human
 from pyfleece.snapshot import POLICIES
 
@@ -37,6 +37,17 @@ def add(commands: Any) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
     parser.add_argument("--target-format", metavar="FORMAT", help="of TARGET; by default its suffix tells")
+    parser.add_argument("--target-cluster-size", metavar="SIZE", type=size, help="of a new qcow2 TARGET (default: 64K)")
+    parser.add_argument("--backing", metavar="FILE", help="backing file of a new qcow2 TARGET: relative to TARGET")
+    parser.add_argument("--backing-format", choices=("raw", "qcow2"), help="of that backing file; never guessed")
+    parser.add_argument(
+        "--compress",
+        choices=("zlib", "zstd"),
+        nargs="?",
+        const=True,
+        default=False,
+        help="write the clusters of a qcow2 TARGET compressed (without a value: zlib)",
+    )
     parser.add_argument("--granularity", metavar="SIZE", type=size, help="bytes that are copied at a time")
     parser.add_argument("--workers", metavar="N", type=int, help="threads that copy")
     parser.add_argument("--speed", metavar="SIZE", type=speed, help="limit in bytes per second")
@@ -83,6 +94,11 @@ def _backup(args: argparse.Namespace) -> None:
                 speed=args.speed,
                 progress=None if args.no_progress else "bar",
                 format=args.target_format,
+                compress=args.compress,
+                target_cluster_size=args.target_cluster_size,
+                backing=args.backing,
+                backing_format=args.backing_format,
+                backing_root=backing_root(args),
             )
         )
         try:
