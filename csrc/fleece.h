@@ -45,7 +45,7 @@ typedef struct fl_error {
     int cause;                  /* positive errno or FL_E... code of the first failure behind it; 0 when there is none */
     int side;                   /* enum fl_side: where that failure was */
     uint64_t offset, length;    /* the range that it was about */
-    char text[400];             /* a sentence for people, with the name of the file; not ended by a full stop */
+    char text[700];             /* a sentence for people, with the name of the file; not ended by a full stop */
 } fl_error;
 
 /* A short name for a code or errno, never NULL. */

@@ -11,6 +11,7 @@
  *   - a chain ends: at MAX_CHAIN images, or at the first that is met for the second time.
  */
 #define _GNU_SOURCE
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -41,13 +42,17 @@ static bool is_open_already(const struct link *link, const struct stat *st)
     return link != NULL;
 }
 
-#define SHOWN "'%.120s'"        /* names from the file, in messages of bounded length */
+/* For messages, which are bounded: of a long path the end tells most. */
+static const char *tail(const char *path)
+{
+    const size_t length = strlen(path), most = 120;
+    return length > most ? path + length - most : path;
+}
 
 /* Does it begin with what other programs take for a protocol, "nbd:" or "json:"? As they do: a colon before the first slash. */
 static bool has_protocol(const char *name)
 {
-    const char *end = name + strcspn(name, ":/");
-    return *end == ':';
+    return name[strcspn(name, ":/")] == ':';
 }
 
 /* Control characters could forge messages; a path that we can't show is refused. */
@@ -58,31 +63,43 @@ static bool is_printable(const char *name)
     return *name == '\0';
 }
 
+/* "image 'a' names the backing file 'b', WHY": every refusal has these two names. */
+__attribute__((format(printf, 5, 6)))
+static int refuse(const struct header *h, const char *image, int code, fl_error *error, const char *format, ...)
+{
+    char why[300];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(why, sizeof why, format, args);
+    va_end(args);
+    return fail(error, code, FL_SIDE_NONE, 0, 0, "image '%s' names the backing file '%s', %s", tail(image),
+                is_printable(h->backing) ? tail(h->backing) : "?", why);
+}
+
 static int check_name(const struct header *h, const char *image, fl_error *error)
 {
     if (!is_printable(h->backing))
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.120s' names a backing file with control characters in its name, which is refused",
-                    image);
+        return refuse(h, image, FL_EFORMAT, error, "with control characters in its name, which is refused");
     if (has_protocol(h->backing))
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.100s' names the backing file " SHOWN ", which is not a plain path but a protocol or "
-                    "options; only files are opened: if it is a file, name it './...' with qemu-img rebase -u", image, h->backing);
+        return refuse(h, image, FL_EFORMAT, error, "which is not a plain path but a protocol or options; only files are opened: if it is one, "
+                      "name it './...' with qemu-img rebase -u");
     if (!*h->backing_format)
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.100s' names the backing file " SHOWN " but not its format (header extension "
-                    "0xe2792aca), and nothing is guessed; tell it with qemu-img rebase -u -b FILE -F FORMAT", image, h->backing);
+        return refuse(h, image, FL_EFORMAT, error, "but not its format (header extension 0xe2792aca), and nothing is guessed; tell it with "
+                      "qemu-img rebase -u -b FILE -F FORMAT");
     if (strcmp(h->backing_format, "raw") && strcmp(h->backing_format, "qcow2"))
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.100s' names the backing file " SHOWN " of format '%.15s'; raw and qcow2 are supported",
-                    image, h->backing, is_printable(h->backing_format) ? h->backing_format : "?");
+        return refuse(h, image, FL_EFORMAT, error, "of format '%s'; raw and qcow2 are supported",
+                      is_printable(h->backing_format) ? h->backing_format : "?");
     return 0;
 }
 
 static int fail_memory(const char *image, fl_error *error)
 {
-    return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory to open the backing file of image '%.120s'", image);
+    return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory to open the backing file of image '%s'", tail(image));
 }
 
 static int fail_unresolved(const char *image, const char *what, const char *path, int code, fl_error *error)
 {
-    return fail(error, code, FL_SIDE_NONE, 0, 0, "%s '%.120s' of image '%.120s' cannot be found", what, path, image);
+    return fail(error, code, FL_SIDE_NONE, 0, 0, "%s '%s' of image '%s' cannot be found", what, tail(path), tail(image));
 }
 
 /* The directory that the image is in, as its path says (a link to an image is where the link is), ended by no slash but that of "/". */
@@ -146,8 +163,8 @@ static int resolve(const struct header *h, const char *image, const char *root, 
     code = errno;
     /* That it is missing is told only where one may look: else the answer would tell what there is elsewhere. */
     if (found ? !is_below(found, allowed) : !would_be_below(joined, allowed)) {
-        rc = fail(error, EACCES, FL_SIDE_NONE, 0, 0, "image '%.80s' names the backing file '%.80s', which is not below '%.80s'%s; to allow it, pass a "
-                  "directory above both as backing_root", image, h->backing, allowed, root ? "" : ", the image's directory");
+        rc = refuse(h, image, EACCES, error, "which is not below '%s'%s; to allow it, pass a directory above both as backing_root",
+                    tail(allowed), root ? "" : ", the image's directory");
     } else if (!found) {
         rc = fail_unresolved(image, "the backing file", h->backing, code, error);
     } else {
@@ -162,16 +179,14 @@ out:
     return rc;
 }
 
-#define OF_WHICH "backing file of image '"
-
-/* A failure further down the chain says whose backing file it was about. */
+/* A failure further down the chain says which image was to be opened. */
 static void tell_of_which(const char *image, fl_error *error)
 {
     char text[sizeof error->text];
-    if (!error || !strncmp(error->text, OF_WHICH, strlen(OF_WHICH)))
+    if (!error)
         return;
     memcpy(text, error->text, sizeof text);
-    snprintf(error->text, sizeof error->text, OF_WHICH "%.60s': %.*s", image, 280, text);
+    snprintf(error->text, sizeof error->text, "backing file of image '%s': %.*s", tail(image), (int)sizeof text - 160, text);
 }
 
 /* Open the file that was found; a loop, or a chain that is too long, ends here. */
@@ -186,11 +201,9 @@ static int open_link(const struct header *h, const char *image, const char *path
     if (stat(path, &st) < 0)
         return fail_unresolved(image, "the backing file", path, errno, error);
     if (is_open_already(&self, &st))
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.120s' names the backing file " SHOWN ", which is this image itself or has it as a backing "
-                    "file: the chain is a loop", image, h->backing);
+        return refuse(h, image, FL_EFORMAT, error, "which is this image itself or has it as a backing file: the chain is a loop");
     if (self.depth >= MAX_CHAIN)
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%.120s' names the backing file " SHOWN ", which would be image %u of the chain; %u are the most",
-                    image, h->backing, self.depth + 1, MAX_CHAIN);
+        return refuse(h, image, FL_EFORMAT, error, "which would be image %u of the chain; %u are the most", self.depth + 1, MAX_CHAIN);
 
     fl_image_options how = *options;
     how.format = h->backing_format;
@@ -200,7 +213,7 @@ static int open_link(const struct header *h, const char *image, const char *path
     opening = &self;
     int rc = image_open(path, &how, backing, error);
     opening = self.overlay;
-    if (rc < 0)
+    if (rc < 0 && !opening)
         tell_of_which(image, error);
     return rc;
 }
@@ -213,8 +226,7 @@ int backing_open(const struct header *header, const char *path, const fl_image_o
         return 0;
     const char *root = options->backing_root;
     if (root && !strcmp(root, "-"))
-        return fail(error, EACCES, FL_SIDE_NONE, 0, 0, "image '%.120s' names the backing file " SHOWN ", and backing files were not allowed", path,
-                    is_printable(header->backing) ? header->backing : "?");
+        return refuse(header, path, EACCES, error, "and backing files were not allowed");
     int rc = check_name(header, path, error);
     if (rc == 0)
         rc = resolve(header, path, root, &resolved, error);

@@ -29,11 +29,13 @@ static int check_bits(struct io *io, const struct header *h, size_t index, const
     const uint64_t needed = div_up(div_up(bits, 8), cluster);
     if (entry->table_size == 0 && needed == 0)
         return 0;
-    if (entry->table_offset == 0 || entry->table_offset & (cluster - 1) || entry->table_offset > (uint64_t)INT64_MAX - entry->table_size * UINT64_C(8))
+    if (entry->table_offset == 0 || entry->table_offset & (cluster - 1))
         return REFUSE("has its table at %" PRIu64 ", where none can be", entry->table_offset);
     /* An image that grew may have one that is too short, if it was not in use then: whoever reads the bits must know. */
     if (entry->table_size > MAX_L1_BYTES / 8)
         return REFUSE("has a table of %" PRIu32 " entries; %" PRIu64 " are the most", entry->table_size, MAX_L1_BYTES / 8);
+    if (!in_range(entry->table_size * UINT64_C(8), entry->table_offset, io_length(io)))
+        return REFUSE("has its table, of %" PRIu32 " entries at %" PRIu64 ", beyond the end of the file", entry->table_size, entry->table_offset);
     if (entry->table_size != needed && !(entry->flags & BITMAP_IN_USE))
         return REFUSE("has a table of %" PRIu32 " entries; a disk of %" PRIu64 " bytes needs %" PRIu64, entry->table_size, h->size, needed);
     return 0;

@@ -186,6 +186,15 @@ static int check_table(struct parser *p, const char *what, uint64_t offset, uint
     return 0;
 }
 
+/* The tables without which nothing can be read are in the file: what is beyond its end would read as zeros, and the disk as empty. */
+static int check_inside(struct parser *p, const char *what, uint64_t offset, uint64_t length)
+{
+    if (in_range(length, offset, p->file_length))
+        return 0;
+    return REFUSE(p, "is damaged: its %s, %" PRIu64 " bytes at %" PRIu64 ", ends beyond the file, %" PRIu64 ": was that truncated?", what, length, offset,
+                  p->file_length);
+}
+
 static int read_tables(struct parser *p)
 {
     struct header *h = &p->header;
@@ -210,12 +219,16 @@ static int read_tables(struct parser *p)
                       h->size, cluster);
     if (h->l1_size > 0 && (rc = check_table(p, "L1 table", h->l1_offset, h->l1_size, 8, MAX_L1_BYTES)) < 0)
         return rc;
+    if (h->l1_size > 0 && (rc = check_inside(p, "L1 table", h->l1_offset, h->l1_size * UINT64_C(8))) < 0)
+        return rc;
     if (h->l1_size < needed)
         return REFUSE(p, "is damaged: its L1 table has %" PRIu32 " entries, and a disk of %" PRIu64 " bytes needs %" PRIu64, h->l1_size, h->size, needed);
 
     if (h->reftable_clusters == 0)
         return REFUSE(p, "is damaged: it has no refcount table (%s)", "refcount_table_clusters is 0");
     if ((rc = check_table(p, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << (h->cluster_bits - 3), 8, MAX_REFTABLE_BYTES)) < 0)
+        return rc;
+    if ((rc = check_inside(p, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << h->cluster_bits)) < 0)
         return rc;
 
     if (h->snapshot_count > MAX_SNAPSHOTS_IN_FILE)
@@ -225,7 +238,7 @@ static int read_tables(struct parser *p)
     return 0;
 }
 
-/* Where the name of the backing file is; it must lie between the header and the end of its cluster, and of the file. */
+/* Where the name of the backing file is; it must lie between the header and the end of its cluster (which is in the file, as are the tables). */
 static int read_backing(struct parser *p)
 {
     struct header *h = &p->header;
@@ -238,8 +251,6 @@ static int read_backing(struct parser *p)
         return REFUSE(p, "is damaged: backing_file_offset is %" PRIu64 ", which is not between the header and the end of its cluster", offset);
     if (length > MAX_BACKING_NAME || length > cluster - offset)
         return REFUSE(p, "is damaged: backing_file_size is %" PRIu32 "; up to %u, inside of the first cluster, are possible", length, MAX_BACKING_NAME);
-    if (p->file_length < offset + length)
-        return REFUSE(p, "is damaged: the file ends at %" PRIu64 ", inside of the name of its backing file", p->file_length);
     if (memchr(p->bytes + offset, '\0', length))
         return REFUSE(p, "is damaged: the name of its backing file, of %" PRIu32 " bytes, contains a null character", length);
     memcpy(h->backing, p->bytes + offset, length);
