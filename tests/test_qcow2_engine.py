@@ -171,19 +171,20 @@ def test_backup_under_load_from_qcow2_by_qcow2_to_qcow2(policy: str, tmp_path: P
 
 
 def test_a_qcow2_fleecing_image_gives_its_space_back(tmp_path: Path) -> None:
-    """What the backup has copied is discarded, and the file of the fleecing image is punched, without a flush."""
+    """What the backup has copied is discarded, and the file of the fleecing image is punched."""
     source, fleecing = tmp_path / "vm.qcow2", tmp_path / "fleece.qcow2"
     size = 24 * MIB
     make_disk(source, size)
     with pyfleece.open(source, "r+") as image, pyfleece.Disk(image) as disk:
+        for offset in range(MIB, size, 2 * MIB):
+            disk.pwrite(os.urandom(MIB), offset)
         state = disk.pread(size, 0)
         with pyfleece.create(fleecing, size) as store:
             with disk.snapshot(store, stage_size=MIB) as snapshot:
                 for offset in range(0, size, MIB):
                     disk.pwrite(os.urandom(MIB), offset)
-                wait_for(lambda: snapshot.stats.bytes_spilled >= 10 * MIB, 30)
-                peak = kit.blocks(fleecing)
-                assert peak > 8 * MIB
+                wait_for(lambda: snapshot.stats.bytes_spilled >= 20 * MIB, 30)
+                assert kit.blocks(fleecing) >= 20 * MIB
                 pyfleece.backup(snapshot, tmp_path / "backup.raw")
             store.flush()
             assert kit.blocks(fleecing) < MIB, "discarded clusters still have their space"
@@ -192,10 +193,10 @@ def test_a_qcow2_fleecing_image_gives_its_space_back(tmp_path: Path) -> None:
             with disk.snapshot(store, stage_size=MIB) as snapshot:
                 for offset in range(0, size, MIB):
                     disk.pwrite(os.urandom(MIB), offset)
-                wait_for(lambda: snapshot.stats.bytes_spilled >= 10 * MIB, 30)
+                wait_for(lambda: snapshot.stats.bytes_spilled >= 20 * MIB, 30)
                 assert snapshot.pread(size, 0) != state
             store.flush()
-            assert fleecing.stat().st_size < length + 6 * MIB
+            assert fleecing.stat().st_size < length + 2 * MIB
     assert (tmp_path / "backup.raw").read_bytes() == state
     check(fleecing)
     assert kit.blocks(fleecing) < MIB
