@@ -44,12 +44,11 @@ def tables(data: bytes | bytearray) -> Iterator[Table]:
 
 
 def read(data: bytes | bytearray, table: Table, backing: bytes) -> bytearray:
-    """The whole disk; `backing`: what is below, as long as the disk."""
+    """The whole disk; `backing`: what is below."""
     header = parse_header(data)
     bits = header.cluster_bits
     cluster, per_table = 1 << bits, 1 << (bits - 3)
-    disk = bytearray(backing)
-    assert len(disk) == table.size
+    disk = bytearray(backing[: table.size].ljust(table.size, b"\0"))
     for number, entry in enumerate(words(data, table.offset, table.entries)):
         if entry & OFFSET:
             guest = number * per_table * cluster

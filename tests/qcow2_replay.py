@@ -236,7 +236,9 @@ class Disk:
 
     def check(self, found: bytes | bytearray) -> str | None:
         """What is wrong with a disk that holds this; None: nothing."""
-        assert len(found) == len(self.initial)
+        if len(found) > len(self.initial):
+            return f"the disk has {len(found)} bytes"
+        found = bytes(found).ljust(len(self.initial), b"\0")       # it was not made larger yet
         whole, initial = memoryview(found), memoryview(self.initial)
         position = 0
         for sector in sorted(self.changed):

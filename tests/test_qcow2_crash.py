@@ -55,6 +55,11 @@ class Scenario:
     snapshots: int = 0
     backing: bool = False
     reopen: bool = False
+    grow: int = 0                       # at each of four openings; with reopen
+
+    @property
+    def final_size(self) -> int:
+        return self.size + 4 * self.grow
 
 
 SCENARIOS = [
@@ -70,6 +75,7 @@ SCENARIOS = [
     Scenario("a backing file", "compat=1.1,cluster_size=4096", backing=True, threads=3, size=MIB),
     Scenario("preallocated", "compat=1.1,cluster_size=1024,preallocation=metadata", threads=2),
     Scenario("closed and opened", "compat=1.1,cluster_size=2048,refcount_bits=8", reopen=True),
+    Scenario("grows", size=300 * KIB, snapshots=1, reopen=True, grow=1234 * SECTOR),
 ]
 
 
@@ -110,7 +116,8 @@ def prepare(scenario: Scenario, directory: Path, seed: int) -> Prepared:
         if number < scenario.snapshots:
             kit.tool("qemu-img", "snapshot", "-c", f"snap{number}", path)
             kept[f"snap{number}"] = as_qemu_reads(path)
-    return Prepared(path, path.read_bytes(), as_qemu_reads(path), below, kept)
+    disk = as_qemu_reads(path).ljust(scenario.final_size, b"\0")
+    return Prepared(path, path.read_bytes(), disk, below, kept)
 
 
 def as_qemu_reads(path: Path) -> bytes:
@@ -124,7 +131,7 @@ def record(program: Path, scenario: Scenario, prepared: Prepared, seed: int) -> 
     image, log = prepared.copy(prepared.path.with_name("run.qcow2")), prepared.path.with_name("log")
     log.unlink(missing_ok=True)
     options = [f"--seed={seed}", f"--operations={scenario.operations}", f"--threads={scenario.threads}"]
-    options += [f"--cache={scenario.cache}"] + (["--reopen"] if scenario.reopen else [])
+    options += [f"--cache={scenario.cache}"] + (["--reopen", f"--grow={scenario.grow}"] if scenario.reopen else [])
     kit.tool(program, image, log, *options, timeout=60)
     return image, log
 
@@ -137,7 +144,7 @@ class Judge:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.seen: set[int] = set()
-        self.leaks = self.found = 0
+        self.leaks = 0
         self.failures: list[str] = []
         directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._files = tempfile.TemporaryDirectory(prefix="crash-", dir=directory)
@@ -188,10 +195,10 @@ class Judge:
         if done.returncode not in (0, 3):
             lines = [line for line in done.stdout.splitlines() if not line.startswith("Leaked")][:6]
             self.failures.append(f"{what}: qemu-img check ended with {done.returncode}: {lines} {done.stderr[-300:]}")
-            path.unlink()
-            return
+        ours = pyfleece.check(path)
+        if done.returncode != ours.status:
+            self.failures.append(f"{what}: qemu-img check ended with {done.returncode}, and ours says {ours}")
         self.leaks += done.returncode == 3
-        self.found += 1
         path.unlink()
 
     def verdict(self) -> list[str]:

@@ -1,10 +1,12 @@
 /* qcow2_crash.c: random operations on a qcow2 image, and a log of what they ask of the file: what a crash test replays.
  *
- *     qcow2_crash IMAGE LOG [--seed N] [--operations N] [--threads N] [--cache BYTES] [--reopen] [--marks-only] [--first-id N]
+ *     qcow2_crash IMAGE LOG [--seed N] [--operations N] [--threads N] [--cache BYTES] [--reopen [--grow BYTES]] [--marks-only] [--first-id N]
  *
  * The log has, in the order in which they took effect, the changes of the file with their data (pwrite, pwritev, fallocate, ftruncate), the
  * begin and the end of each fdatasync or fsync, and the begin and the end of each operation of this program. Operations that run at the same
  * time never share a sector, but often a cluster. A sector that an operation writes tells its own number and that of the operation.
+ *
+ * --reopen: the image is closed and opened again a few times, and each time made larger, by --grow.
  *
  * --marks-only: the log has the operations only, and goes to the kernel at once: for a run that is going to be killed. Then the file is what
  * it is, syncs are real, and it runs until it is killed. Otherwise syncs are logged, and not done.
@@ -302,10 +304,11 @@ int main(int argc, char **argv)
 {
     static const struct option known[] = {
         { "seed", 1, NULL, 's' }, { "operations", 1, NULL, 'o' }, { "threads", 1, NULL, 't' }, { "cache", 1, NULL, 'c' },
-        { "marks-only", 0, NULL, 'm' }, { "reopen", 0, NULL, 'r' }, { "first-id", 1, NULL, 'f' }, { NULL, 0, NULL, 0 },
+        { "marks-only", 0, NULL, 'm' }, { "reopen", 0, NULL, 'r' }, { "first-id", 1, NULL, 'f' },
+        { "grow", 1, NULL, 'g' }, { NULL, 0, NULL, 0 },
     };
     unsigned threads = 1;
-    uint64_t cache = 0;
+    uint64_t cache = 0, grow = 0;
     bool reopen = false;
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;)
         switch (option) {
@@ -313,6 +316,7 @@ int main(int argc, char **argv)
         case 'o': operations = strtoull(optarg, NULL, 0); break;
         case 't': threads = (unsigned)strtoul(optarg, NULL, 0); break;
         case 'c': cache = strtoull(optarg, NULL, 0); break;
+        case 'g': grow = strtoull(optarg, NULL, 0); break;
         case 'f': atomic_store(&next_id, strtoull(optarg, NULL, 0)); break;
         case 'm': marks_only = true; break;
         case 'r': reopen = true; break;
@@ -335,6 +339,9 @@ int main(int argc, char **argv)
     for (unsigned round = 0; round < (reopen ? 4u : 1u); round++) {
         open_image(path, cache);
         fl_image_info info;
+        MUST(fl_image_info_get(image, &info, &why));
+        if (grow)
+            MUST(fl_image_grow(image, info.size + grow, &why));
         CHECK(fl_image_info_get(image, &info, NULL) == 0, "info");
         disk_size = info.size;
         cluster_size = info.cluster_size;
