@@ -40,6 +40,8 @@ static bool marks_only;
 static dev_t image_device;
 static ino_t image_inode;
 static bool recording;          /* the image is known */
+static bool lingers;
+static unsigned seed = 1;
 /* Held from before a change of the file until it is in the log. */
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic uint64_t next_id = 1;
@@ -96,12 +98,25 @@ static bool is_image(int fd)
     return recording && !marks_only && fstat(fd, &st) == 0 && st.st_dev == image_device && st.st_ino == image_inode;
 }
 
+/* Where there are several threads: now and then the others get ahead of one that is about to write. */
+static void linger(void)
+{
+    static _Thread_local uint64_t state;
+    if (!lingers)
+        return;
+    if (state == 0)
+        state = seed + (uintptr_t)&state;
+    if (next_random(&state) % 4 == 0)
+        sleep_ns(next_random(&state) % 100000);
+}
+
 /* ---- what the driver calls ---- */
 
 ssize_t pwritev(int fd, const struct iovec *iov, int count, off_t offset)
 {
     if (!is_image(fd))
         return syscall(SYS_pwritev, fd, iov, count, offset, 0);
+    linger();
     pthread_mutex_lock(&log_lock);
     ssize_t done = syscall(SYS_pwritev, fd, iov, count, offset, 0);
     int code = errno;
@@ -181,7 +196,6 @@ static uint64_t disk_size;
 static uint32_t cluster_size;
 static uint64_t operations = 500;
 static _Atomic uint64_t operations_begun;
-static unsigned seed = 1;
 /* Sectors that an operation changes now. */
 static pthread_mutex_t busy_lock = PTHREAD_MUTEX_INITIALIZER;
 static unsigned char *busy;     /* protected by busy_lock */
@@ -335,6 +349,7 @@ int main(int argc, char **argv)
     CHECK(log_fd >= 0, "the log: %s", strerror(errno));
     recording = true;
 
+    lingers = threads > 1;
     uint64_t left = operations;
     for (unsigned round = 0; round < (reopen ? 4u : 1u); round++) {
         open_image(path, cache);
