@@ -32,6 +32,7 @@ from pyfleece.errors import (
 )
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
 from pyfleece.image import Image, ImageInfo, create, open
+from pyfleece.mount import Mount, MountSnapshot, mount
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -62,6 +63,8 @@ __all__ = [
     "ImageLockedError",
     "Latency",
     "LostError",
+    "Mount",
+    "MountSnapshot",
     "OutOfRangeError",
     "OutsideBitmapError",
     "Progress",
@@ -76,6 +79,7 @@ __all__ = [
     "backup",
     "backup_group",
     "create",
+    "mount",
     "open",
     "snapshot_group",
 ]
