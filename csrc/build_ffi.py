@@ -80,8 +80,9 @@ def find_fuse():
 
 
 fuse = find_fuse()
-fuse_compile = ["-DFLEECE_FUSE", *(flag for flag in fuse if flag.startswith(("-I", "-D")))] if fuse else []
-fuse_link = [flag for flag in fuse or [] if not flag.startswith(("-I", "-D"))]
+FUSE_COMPILE = ["-DFLEECE_FUSE", *(flag for flag in fuse if flag.startswith(("-I", "-D")))] if fuse else []
+FUSE_LINK = [flag for flag in fuse or [] if not flag.startswith(("-I", "-D"))]
+WARNINGS = ["-Wall", "-Wextra"]
 
 ffi = FFI()
 ffi.cdef(declarations() + '\nextern "Python" int pyfleece_interrupt(void);\n')
@@ -91,8 +92,8 @@ ffi.set_source(
     sources=find(SOURCES),
     include_dirs=["csrc"],
     depends=find(HEADERS),
-    extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", *fuse_compile],
-    extra_link_args=["-pthread", *fuse_link],
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread", "-fvisibility=hidden", *WARNINGS, *FUSE_COMPILE],
+    extra_link_args=["-pthread", *FUSE_LINK],
     # One build for every CPython from 3.9 on; cffi turns it off where it cannot be (free threading).
     py_limited_api=True,
 )
