@@ -201,6 +201,11 @@ static void on_getxattr(fuse_req_t req, fuse_ino_t node, const char *name, size_
     else if (file && !wants_stats)
         story_text(mount, &file->story, text, sizeof text);
     int rc = file && file->snapshot && wants_stats ? stats_text(file->snapshot, text, sizeof text) : 0;
+    if (!file && node >= FIRST_NODE) {          /* a directory of .snap, or what was one */
+        struct shot *shot = tree_shot(mount, node);
+        rc = shot ? 0 : -ESTALE;
+        shot_unref(shot);
+    }
     if (file)
         shot_unref(file->shot);
     if (rc)

@@ -62,9 +62,9 @@ class Writers:
         for thread in self._threads:
             thread.start()
         command = [
-            "fio", "--name=guest", f"--filename={self.root}/fio", "--size=24M", "--rw=randrw", "--bsrange=1k-128k",
-            "--blockalign=1k", "--ioengine=psync", "--fsync=32", "--verify=crc32c", "--verify_fatal=1", "--loops=1000",
-            "--randseed=7", "--verify_state_save=0",
+            "fio", "--name=guest", f"--filename={self.root}/fio", "--size=16M", "--rw=randwrite", "--bs=8k",
+            "--ioengine=psync", "--fsync=32", "--verify=crc32c", "--verify_fatal=1", "--loops=10000", "--randseed=7",
+            "--verify_state_save=0",
         ]  # fmt: skip
         self._fio = subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return self
