@@ -35,6 +35,7 @@ from pyfleece.errors import (
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
 from pyfleece.image import Image, create, open
 from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
+from pyfleece.mount import Mount, MountSnapshot, mount
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -70,6 +71,8 @@ __all__ = [
     "Latency",
     "LostError",
     "MapEntry",
+    "Mount",
+    "MountSnapshot",
     "OutOfRangeError",
     "OutsideBitmapError",
     "PersistentBitmap",
@@ -87,6 +90,7 @@ __all__ = [
     "backup_group",
     "check",
     "create",
+    "mount",
     "open",
     "snapshot_group",
 ]
