@@ -101,8 +101,10 @@ class Framer:
                 self._depth -= 1
                 if self._depth == 0:
                     return token.end()
-        # A backslash at the end waits for what it escapes.
-        self._at = len(self._buffer) - (self._is_object and self._in_string and self._buffer.endswith(b"\\"))
+            self._at = token.end()
+        # A backslash at the end that is not escaped itself waits for what it escapes.
+        waits = len(self._buffer) > self._at and self._buffer.endswith(b"\\")
+        self._at = len(self._buffer) - waits
         return None
 
 
