@@ -393,7 +393,7 @@ def _errno_of(error: Exception) -> int:
 def _check_mountpoint(path: str) -> None:
     """Raise what is wrong with it, more clearly than the kernel would."""
     try:
-        os.stat(path)
+        os.listdir(path)            # stat() may be answered from what the kernel remembers of a mount that died
     except OSError as error:
         if error.errno != errno.ENOTCONN or not _is_ours(path):
             raise from_os_error(error, f"cannot mount on {path}") from None
