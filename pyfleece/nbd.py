@@ -22,6 +22,7 @@ from pyfleece import unix_socket
 from pyfleece.errors import Error, from_os_error, invalid
 
 _START_WAIT = 10.0          # seconds until it listens
+_OLD_ONE_WAIT = 3.0         # seconds that the nbdkit of a server that was killed gets to end
 _STOP_WAIT = 5.0            # seconds that it gets to end
 _STEADY = 60.0              # seconds after which a death is not one in a row any more
 _LONGEST_PAUSE = 30.0       # seconds between two attempts
@@ -115,6 +116,11 @@ class Nbdkit:
                 if self._process is not None:
                     self._process.kill()
             self._keeper.join(1)                # it may hang in the kernel: then it is left behind
+        if self._address.path is not None:
+            try:
+                unix_socket.remove_stale(self._address.path)
+            except OSError:
+                pass                            # it is another one's
         self._directory.cleanup()
 
     # ---- the thread that keeps it running ----
@@ -125,6 +131,8 @@ class Nbdkit:
             begun = time.monotonic()
             try:
                 self._run()
+            except Error as error:
+                self._told_end(error)
             except OSError as error:
                 self._told_end(from_os_error(error, "cannot start nbdkit"))
             if time.monotonic() - begun > _STEADY:
@@ -134,8 +142,7 @@ class Nbdkit:
 
     def _run(self) -> None:
         """Start it, and wait for its end."""
-        if self._address.path is not None:
-            unix_socket.remove_stale(self._address.path)
+        self._clear_the_way()
         if os.path.exists(self._pidfile):
             os.unlink(self._pidfile)
         with self._lock:
@@ -144,11 +151,10 @@ class Nbdkit:
             self._said = ""
             self._process = process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                umask=0o177, start_new_session=True,
+                start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=self._listen_to, args=(process,), name="pyfleece-nbd-log", daemon=True).start()
-        if not self._up.is_set():
-            self._wait_until_it_listens(process)
+        self._wait_until_it_listens(process)
         status = process.wait()
         with self._lock:
             self._process = None
@@ -156,10 +162,24 @@ class Nbdkit:
             ended = f"exit status {status}" if status >= 0 else f"{signal.Signals(-status).name}"
             self._told_end(Error(f"nbdkit ended ({ended}){': ' + self._said if self._said else ''}"))
 
+    def _clear_the_way(self) -> None:
+        """Remove the socket of a server that was killed. Its nbdkit ends with it, but not always in the same moment."""
+        deadline = time.monotonic() + _OLD_ONE_WAIT
+        while self._address.path is not None:
+            try:
+                unix_socket.remove_stale(self._address.path)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline or self._stopping.is_set():
+                    raise from_os_error(error, f"cannot serve NBD at {self._address.path}") from error
+            time.sleep(0.05)
+
     def _wait_until_it_listens(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_WAIT
         while process.poll() is None and not self._stopping.is_set():
             if os.path.exists(self._pidfile):       # written when it does
+                if self._address.path is not None:
+                    os.chmod(self._address.path, 0o600)     # nbdkit lets others see it, but not connect
                 self._up.set()
                 return
             if time.monotonic() > deadline:
