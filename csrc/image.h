@@ -29,6 +29,8 @@ struct image_ops {
     /* The least end that a read met before the image's size: what was behind it was cut off, and stays lost when the image is made longer again.
        UINT64_MAX: none. NULL: the driver's images can't be cut off. */
     uint64_t (*ends_at)(fl_image *image);
+    /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at only. NULL: there is none. */
+    int (*descriptor)(fl_image *image);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -79,6 +81,11 @@ int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *
 static inline uint64_t image_ends_at(fl_image *image)
 {
     return image->ops->ends_at ? image->ops->ends_at(image) : UINT64_MAX;
+}
+
+static inline int image_descriptor(fl_image *image)
+{
+    return image->ops->descriptor ? image->ops->descriptor(image) : -1;
 }
 
 /* raw.c */

@@ -252,6 +252,11 @@ static uint64_t faulty_ends_at(fl_image *image)
     return image_ends_at(((struct faulty *)image)->inner);
 }
 
+static int faulty_descriptor(fl_image *image)
+{
+    return image_descriptor(((struct faulty *)image)->inner);
+}
+
 static uint64_t faulty_allocated(fl_image *image)
 {
     fl_image *inner = ((struct faulty *)image)->inner;
@@ -285,7 +290,8 @@ static void faulty_destroy(fl_image *image)
 static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
-    .extents = faulty_extents, .allocated = faulty_allocated, .ends_at = faulty_ends_at, .destroy = faulty_destroy,
+    .extents = faulty_extents, .allocated = faulty_allocated, .ends_at = faulty_ends_at, .descriptor = faulty_descriptor,
+    .destroy = faulty_destroy,
 };
 
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error)

@@ -491,6 +491,8 @@ static int check_options(const fl_snapshot_options *options, uint32_t cluster_si
                     (unsigned long long)options->stage_size, cluster_size);
     if (options->on_cbw_error < FL_BREAK_SNAPSHOT || options->on_cbw_error > FL_LOSE_RANGE)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "unknown policy %d", options->on_cbw_error);
+    if (options->bitmap_mode < FL_BITMAP_ON_SUCCESS || options->bitmap_mode > FL_BITMAP_NEVER)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "unknown bitmap mode %d", options->bitmap_mode);
     if (options->fleecing && !options->fleecing->writable)
         return fail(error, EROFS, FL_SIDE_FLEECING, 0, 0, "%.300s: the fleecing image is not open for writing", options->fleecing->name);
     if (bitmap_granularity && bitmap_granularity < cluster_size)
@@ -521,6 +523,7 @@ int snapshot_create(fl_image *source, const fl_snapshot_options *options, uint64
     snapshot->clusters = div_up(snapshot->size, cluster_size);
     snapshot->on_cbw_error = options->on_cbw_error;
     snapshot->cbw_timeout = options->cbw_timeout;
+    snapshot->bitmap_mode = options->bitmap_mode;
     if (bitmap_granularity) {
         snapshot->incremental = true;
         snapshot->frozen_shift = (unsigned)__builtin_ctzll(bitmap_granularity) - snapshot->shift;

@@ -24,12 +24,14 @@ struct fl_snapshot {
     int on_cbw_error;
     uint64_t cbw_timeout;
     bool incremental;
+    int bitmap_mode;            /* enum fl_bitmap_mode */
     struct bitmap frozen;       /* of an incremental: what belongs to it, one bit per 2^frozen_shift clusters; set at the cut */
     unsigned frozen_shift;
 
     /* disk.c's */
-    fl_disk *disk;              /* that it was cut from: a reference, until close */
-    struct dirty *dirty;        /* where `frozen` came from; under the disk's lock */
+    fl_disk *disk;              /* that it was cut from: a reference, until close, which takes it away under `lock` */
+    struct dirty *dirty;        /* where `frozen` came from; under the disk's lock, as is the next */
+    enum { UNSETTLED, COMMITTED, ABORTED } settled;     /* what becomes of `frozen` was decided */
 
     struct bitmap claimed, saved, zero, released, lost;
 
@@ -40,7 +42,6 @@ struct fl_snapshot {
     struct store *store;
 
     atomic_int state;           /* enum snapshot_state; only goes up */
-    atomic_bool committed;
     pthread_mutex_t lock;       /* protects `first`, and the waits for claims */
     fl_error first;             /* why it broke */
     atomic_uint claim_waiters;
