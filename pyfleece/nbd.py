@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +48,8 @@ def parse_address(text: str) -> Address:
 class Nbdkit:
     """A running nbdkit. `on_death` is called with a sentence when it ended by itself; `log` with what it says.
 
-    `default`: the export that clients get who name none. `options`: further arguments of nbdkit (`--tls=require`).
+    `default`: the export that clients get who name none. `directory`: a private one, for our files. `options`:
+    further arguments of nbdkit (`--tls=require`).
     Raises Error when it cannot be started.
     """
 
@@ -57,6 +57,7 @@ class Nbdkit:
         self,
         address: Address,
         default: str,
+        directory: str,
         *,
         options: Sequence[str] = (),
         log: Callable[[str], None],
@@ -67,9 +68,8 @@ class Nbdkit:
         self._address = address
         self._log = log
         self._on_death = on_death
-        self._directory = tempfile.TemporaryDirectory(prefix="pyfleece-nbd-")
-        self._exports = os.path.join(self._directory.name, "exports")
-        self._pidfile = os.path.join(self._directory.name, "pid")
+        self._exports = os.path.join(directory, "exports")
+        self._pidfile = os.path.join(directory, "nbdkit.pid")
         os.mkdir(self._exports)
         self._command = [
             "nbdkit", "--foreground", "--exit-with-parent", "--pidfile", self._pidfile, "--threads", "16",
@@ -121,7 +121,6 @@ class Nbdkit:
                 unix_socket.remove_stale(self._address.path)
             except OSError:
                 pass                            # it is another one's
-        self._directory.cleanup()
 
     # ---- the thread that keeps it running ----
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +29,7 @@ from pyfleece.qmp_backup import broken_event
 from pyfleece.qmp_commands import Commands
 from pyfleece.qmp_disks import Disks
 from pyfleece.qmp_jobs import Jobs
+from pyfleece.runtime import PrivateDirectory
 from pyfleece.snapshot import Snapshot
 
 _LOOK_EVERY = 0.2           # seconds between two looks at the mount's snapshots
@@ -105,10 +104,13 @@ class Server:
                 self._control = Control(self._control_path, self._commands.execute, self._log)
                 undo.callback(self._control.close)
             undo.callback(self._flush)
-            if self._mountpoint is not None or self._nbd_address is not None:
-                self._start_mount(undo)
             if self._nbd_address is not None:
-                self._start_nbd(undo, self._nbd_address)
+                private = PrivateDirectory()
+                undo.callback(private.close)
+                self._start_mount(undo, self._mountpoint if self._mountpoint is not None else private.mountpoint)
+                self._start_nbd(undo, self._nbd_address, private.path)
+            elif self._mountpoint is not None:
+                self._start_mount(undo, self._mountpoint)
             if self._mount is not None:
                 for body, name in ((self._watch_snapshots, "pyfleece-watch"), (self._watch_mount, "pyfleece-mount")):
                     threading.Thread(target=body, name=name, daemon=True).start()
@@ -170,13 +172,7 @@ class Server:
         commands.add("quit", lambda: self.request_stop("quit"))
         return commands
 
-    def _start_mount(self, undo: ExitStack) -> None:
-        if self._mountpoint is None:
-            private = tempfile.mkdtemp(prefix="pyfleece-")
-            undo.callback(shutil.rmtree, private, ignore_errors=True)
-            mountpoint: Path = private
-        else:
-            mountpoint = self._mountpoint
+    def _start_mount(self, undo: ExitStack, mountpoint: Path) -> None:
         names = {name: name + FILE_SUFFIX for name in self._disks.by_name}
         bitmaps = dict.fromkeys(names.values(), self._bitmap) if self._bitmap is not None else None
         fleecing = {file: self._disks.fleecing_for(name, False) for name, file in names.items()}
@@ -191,10 +187,10 @@ class Server:
         )
         undo.callback(self._mount.close)
 
-    def _start_nbd(self, undo: ExitStack, address: _nbd.Address) -> None:
+    def _start_nbd(self, undo: ExitStack, address: _nbd.Address, directory: str) -> None:
         first = next(iter(self._disks.by_name)) + FILE_SUFFIX
         self._nbd = _nbd.Nbdkit(
-            address, first, options=self._nbd_options, log=self._log, on_death=self._tell_nbd_death
+            address, first, directory, options=self._nbd_options, log=self._log, on_death=self._tell_nbd_death
         )
         undo.callback(self._nbd.close)
         self._look_at_snapshots()
