@@ -1,37 +1,25 @@
-/* export_fuse.c: a mount: its start, the threads that serve it, and its end.
+/* export_fuse.c: a mount: its start and its end.
  *
- * The threads read the device themselves, each into memory of its own that is laid out so that the data of a write starts at a page: a source with
- * O_DIRECT takes it from there without a copy. Splicing was left out: what is written has to be in memory anyway for copy-before-write, and for
- * 4 KiB the extra system calls of a pipe cost more than the copy.
- *
- * The end. A thread that waits for a request is cancelled there, and nowhere else; one that works on a request ends after it. When all are gone (or those
- * that hang in storage were given up) the device is replaced by something that answers nothing: with its last reference the kernel fails what
- * is still waiting, and what comes. A thread that was given up keeps the mount's memory until its system call returns, and answers into the void.
+ * The end: first nobody can open anything more; then the snapshots end, and the threads. When all of them are gone (or those that hang in storage
+ * were given up) the device is replaced by something that answers nothing: with its last reference the kernel fails what is still waiting, and
+ * what comes. A thread that was given up keeps the mount's memory until its system call returns, and answers into the void.
  */
 #define _GNU_SOURCE
 #ifdef FLEECE_FUSE
 #include "export_fuse.h"
 
 #include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <sys/mount.h>
-#include <sys/prctl.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define CLOSE_GRACE_NS UINT64_C(5000000000)
-#define REQUEST_HEADER 80               /* bytes before the data of a write: struct fuse_in_header and struct fuse_write_in */
-#define REQUEST_SIZE (LARGEST_IO + 4096)        /* libfuse's own figure: its header space and the largest write */
 
 extern char **environ;
-
-_Thread_local struct worker *fuse_worker;
 
 /* ---- what libfuse says ---- */
 
@@ -96,8 +84,6 @@ static void forget_device(int fd)
     }
 }
 
-/* ---- serving ---- */
-
 static void on_init(void *data, struct fuse_conn_info *connection)
 {
     (void)data;
@@ -108,97 +94,6 @@ static void on_init(void *data, struct fuse_conn_info *connection)
     connection->max_background = 256;           /* asynchronous direct I/O: a guest's queue depth, several guests */
     connection->congestion_threshold = 192;
     connection->max_readahead = 0;
-}
-
-static void worker_end(void *argument)
-{
-    struct worker *worker = argument;
-    fl_mount *mount = worker->mount;
-    munmap(worker->memory, REQUEST_SIZE + 8192);
-    pthread_mutex_lock(&mount->lock);
-    worker->running = false;
-    mount->running--;
-    pthread_cond_broadcast(&mount->changed);
-    pthread_mutex_unlock(&mount->lock);
-    mount_unref(mount);
-}
-
-static bool is_closing(fl_mount *mount)
-{
-    pthread_mutex_lock(&mount->lock);
-    bool closing = mount->closing;
-    pthread_mutex_unlock(&mount->lock);
-    return closing;
-}
-
-static void serve(struct worker *worker)
-{
-    fl_mount *mount = worker->mount;
-    int old;
-    for (;;) {
-        pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &old);
-        ssize_t length = read(mount->fd, worker->request, REQUEST_SIZE);
-        int failure = errno;
-        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
-        if (length < 0 && (failure == EINTR || failure == EAGAIN || failure == ENOENT))      /* ENOENT: the request was taken back */
-            continue;
-        if (length <= 0)
-            return;             /* ENODEV: unmounted */
-        struct fuse_buf buffer = { .size = (size_t)length, .mem = worker->request };
-        fuse_session_process_buf(mount->session, &buffer);
-        if (fuse_session_exited(mount->session))        /* the kernel's version does not suit libfuse */
-            return;
-    }
-}
-
-static void *worker_body(void *argument)
-{
-    struct worker *worker = argument;
-    fl_mount *mount = worker->mount;
-    int old;
-    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
-    fuse_worker = worker;
-    pthread_mutex_lock(&mount->lock);
-    worker->thread = pthread_self();
-    worker->running = true;
-    pthread_mutex_unlock(&mount->lock);
-#ifdef PR_SET_IO_FLUSHER
-    /* Memory that we ask for must not wait until dirty pages of a loop device on this mount are written, by us. Needs CAP_SYS_RESOURCE. */
-    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
-#endif
-    pthread_cleanup_push(worker_end, worker);
-    if (!is_closing(mount)) {
-        serve(worker);
-        pthread_mutex_lock(&mount->lock);
-        mount->ended = true;    /* one thread's end is everybody's: the others read the same */
-        pthread_cond_broadcast(&mount->changed);
-        pthread_mutex_unlock(&mount->lock);
-    }
-    pthread_cleanup_pop(1);
-    return NULL;
-}
-
-static int start_worker(fl_mount *mount, struct worker *worker)
-{
-    worker->mount = mount;
-    worker->memory = mmap(NULL, REQUEST_SIZE + 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (worker->memory == MAP_FAILED)
-        return -ENOMEM;
-    worker->payload = worker->memory + 4096;
-    worker->request = worker->payload - REQUEST_HEADER;
-    pthread_mutex_lock(&mount->lock);
-    mount->running++;
-    pthread_mutex_unlock(&mount->lock);
-    atomic_fetch_add(&mount->references, 1);
-    int rc = thread_start(worker_body, worker, "fl-fuse");
-    if (rc) {
-        munmap(worker->memory, REQUEST_SIZE + 8192);
-        pthread_mutex_lock(&mount->lock);
-        mount->running--;
-        pthread_mutex_unlock(&mount->lock);
-        atomic_fetch_sub(&mount->references, 1);
-    }
-    return rc;
 }
 
 /* ---- unmounting ---- */
@@ -256,24 +151,13 @@ void mount_unref(fl_mount *mount)
     }
     file_destroy_handles(mount);
     tree_destroy(mount);
-    free(mount->workers);
+    pool_destroy(mount);
     free(mount->mountpoint);
+    pthread_cond_destroy(&mount->wake);
     pthread_cond_destroy(&mount->changed);
     pthread_mutex_destroy(&mount->lock);
     gate_destroy(&mount->gate);
     free(mount);
-}
-
-static void stop_workers(fl_mount *mount)
-{
-    uint64_t deadline = now_ns() + CLOSE_GRACE_NS;
-    pthread_mutex_lock(&mount->lock);
-    for (unsigned i = 0; i < mount->worker_count; i++)
-        if (mount->workers[i].running)
-            pthread_cancel(mount->workers[i].thread);
-    while (mount->running && cond_wait_until(&mount->changed, &mount->lock, deadline))
-        ;
-    pthread_mutex_unlock(&mount->lock);
 }
 
 int fl_mount_close(fl_mount *mount, fl_error *error)
@@ -284,6 +168,7 @@ int fl_mount_close(fl_mount *mount, fl_error *error)
     bool first = !mount->closing;
     mount->closing = true;
     pthread_cond_broadcast(&mount->changed);
+    pthread_cond_broadcast(&mount->wake);
     while (!first && !mount->closed)
         pthread_cond_wait(&mount->changed, &mount->lock);
     pthread_mutex_unlock(&mount->lock);
@@ -291,7 +176,7 @@ int fl_mount_close(fl_mount *mount, fl_error *error)
         return 0;
     detach(mount);
     tree_end(mount);            /* guest writes that wait for room in a stage go on */
-    stop_workers(mount);
+    pool_stop(mount, now_ns() + CLOSE_GRACE_NS);
     tree_end(mount);            /* what came in meanwhile */
     abort_connection(mount);
     gate_shut(&mount->gate);
@@ -383,18 +268,6 @@ static int open_session(fl_mount *mount, const fl_mount_options *options, fl_err
     return 0;
 }
 
-static int start_workers(fl_mount *mount, unsigned threads, fl_error *error)
-{
-    mount->workers = calloc(threads, sizeof *mount->workers);
-    int rc = mount->workers ? 0 : -ENOMEM;
-    for (unsigned i = 0; i < threads && rc == 0; i++) {
-        rc = start_worker(mount, &mount->workers[i]);
-        if (rc == 0)
-            mount->worker_count++;
-    }
-    return rc ? fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot start the threads of a mount") : 0;
-}
-
 int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *const *names, size_t count, const fl_mount_options *options,
                    fl_mount **out, fl_error *error)
 {
@@ -406,7 +279,8 @@ int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *co
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a mount");
     memset(mount, 0, sizeof *mount);
     mount->fd = -1;
-    if (gate_init(&mount->gate) || pthread_mutex_init(&mount->lock, NULL) || cond_init(&mount->changed)) {
+    if (gate_init(&mount->gate) || pthread_mutex_init(&mount->lock, NULL) || cond_init(&mount->changed) ||
+        cond_init(&mount->wake)) {
         free(mount);
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "cannot make the locks of a mount");
     }
@@ -418,7 +292,7 @@ int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *co
     if (rc == 0)
         rc = open_session(mount, options, error);
     if (rc == 0)
-        rc = start_workers(mount, threads, error);
+        rc = pool_start(mount, threads, error);
     if (rc) {
         fl_mount_free(mount);
         return rc;

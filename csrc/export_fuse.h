@@ -1,6 +1,7 @@
 /* export_fuse.h: the inside of a mount, shared by export_fuse*.c. fleece.h has the calls.
  *
- *   export_fuse.c         the mount: start, the threads that serve it, the end
+ *   export_fuse.c         the mount: its start and its end
+ *   export_fuse_pool.c    the threads that serve it: how many, and what each does
  *   export_fuse_tree.c    names: lookup, attributes, listing; what .snap shows; requests to cut and to end
  *   export_fuse_file.c    files: open, read, write, fallocate, lseek, fsync
  *   export_fuse_story.c   what failed: errnos, extended attributes, the queue of failures, statistics
@@ -22,7 +23,7 @@
 
 #define LARGEST_IO (1u << 20)           /* bytes of one read or write: what the kernel sends at most */
 #define MAX_THREADS 256
-#define DEFAULT_THREADS 16
+#define DEFAULT_THREADS 64
 #define SNAP_NAME ".snap"
 #define CHANGED_SUFFIX ".changed"
 #define FAILURES_KEPT 64
@@ -85,8 +86,10 @@ struct worker {
     char *memory;               /* one mapping */
     char *request;              /* where a request is read to: so that the data of a write is aligned to pages */
     char *payload;              /* LARGEST_IO bytes, aligned to pages: the data of a write, or the answer to a read (the same memory) */
-    pthread_t thread;           /* under `lock`, as is `running` */
-    bool running;
+    pthread_t thread;           /* under `lock`, as is what follows */
+    bool used;                  /* it has a thread, or will in a moment */
+    bool running;               /* `thread` and `id` are valid */
+    pid_t id;
 };
 
 struct fl_mount {
@@ -100,13 +103,21 @@ struct fl_mount {
     const char **changed_names; /* for each disk */
     char *names;                /* the memory of all names */
     struct timespec started;
+    unsigned most_workers;
     struct gate gate;           /* of the public calls */
     atomic_uint references;     /* the handle's, and one for each thread */
 
+    _Alignas(CACHE_LINE) atomic_uint reading;   /* workers that wait for a request */
+    atomic_uint surplus;        /* workers that are to end after their next request */
+    atomic_uint_least64_t served;       /* requests */
+    atomic_bool pool_sleeps;    /* its thread wants to be woken by the next request */
+
     pthread_mutex_t lock;       /* protects what follows */
     pthread_cond_t changed;     /* any of it */
-    struct worker *workers;
-    unsigned worker_count, running;
+    struct worker *workers;     /* `most_workers` of them */
+    unsigned threads;           /* that run, the pool's own included */
+    unsigned active;            /* workers among them */
+    pthread_cond_t wake;        /* the pool's thread: there is something to do, or the end */
     bool closing;               /* nothing new is taken on */
     bool ended;                 /* unmounted: the kernel says so, or close() does */
     bool closed;                /* close() is through */
@@ -140,6 +151,12 @@ static inline struct handle *handle_of(struct fuse_file_info *info) { return (st
 
 /* ---- export_fuse.c ---- */
 void mount_unref(fl_mount *mount);
+
+/* ---- export_fuse_pool.c ---- */
+int pool_start(fl_mount *mount, unsigned most, fl_error *error);
+/* No request is begun any more; wait until those that run have ended, until `deadline` at most. */
+void pool_stop(fl_mount *mount, uint64_t deadline);
+void pool_destroy(fl_mount *mount);
 
 /* ---- export_fuse_tree.c ---- */
 
