@@ -534,7 +534,7 @@ static void count_latency(fl_disk *disk, struct attempt *attempt, bool last_piec
     }
     if (last_piece && attempt->added)
         for (unsigned i = 0; i < disk->snapshot_count; i++)
-            snapshot_count_latency(disk->snapshots[i], attempt->added);
+            latency_add(&disk->snapshots[i]->latency, attempt->added);
 }
 
 /* The gate `writes` is left, so that no cut waits for us; close does. 0: try again, and let the policy decide if there still is no room. */

@@ -366,5 +366,43 @@ int fl_mount_wait(fl_mount *mount, uint64_t timeout, fl_error *error);
 int fl_mount_close(fl_mount *mount, fl_error *error);
 void fl_mount_free(fl_mount *mount);
 
+/* ---- load: a guest that reads and writes, and how long each of its operations took; for measuring what a snapshot costs it ---- */
+
+typedef struct fl_load fl_load;
+
+enum fl_order {
+    FL_ORDER_ONCE,              /* each block once, in an order that looks random, the same for the same seed */
+    FL_ORDER_RANDOM,
+    FL_ORDER_SEQUENTIAL         /* and again from the beginning */
+};
+
+typedef struct fl_load_options {
+    uint32_t block;             /* bytes of an operation, up to 16 MiB; the disk's last part that is no whole block is left alone */
+    uint64_t stride;            /* bytes from one block's start to the next one's; 0: block */
+    uint32_t threads;           /* operations at once, 1 to 256 */
+    int order;                  /* enum fl_order */
+    uint32_t read_percent;      /* of the operations */
+    uint32_t hot_percent, hot_space_percent;    /* FL_ORDER_RANDOM: so many of the operations go to so much of the disk; 0: all alike */
+    uint64_t rate;              /* operations per second, all threads together; 0: as fast as it goes */
+    uint64_t operations;        /* then it ends; 0: when it is told to, or FL_ORDER_ONCE is through */
+    uint64_t seed;
+} fl_load_options;
+
+typedef struct fl_load_stats {
+    uint64_t operations, bytes_read, bytes_written, elapsed_ns;
+    uint64_t latency_max;       /* ns. With a rate, from the moment when the operation was due: waiting for a stalled one before it counts */
+    uint64_t latency[FL_LATENCY_BUCKETS];       /* as in fl_stats */
+    int finished;
+} fl_load_stats;
+
+/* Runs in threads of its own. What it writes is noise: the disk's contents are destroyed. The load must be freed before the disk is. */
+int fl_load_start(fl_disk *disk, const fl_load_options *options, fl_load **load, fl_error *error);
+int fl_load_stats_get(fl_load *load, fl_load_stats *stats, fl_error *error);
+/* 0 when it is over; -FL_ERUNNING; or the first failure of an operation, which ended it. */
+int fl_load_wait(fl_load *load, uint64_t timeout, fl_error *error);
+/* Ask it to end. Does not wait. */
+int fl_load_stop(fl_load *load);
+void fl_load_free(fl_load *load);               /* stops it, and waits */
+
 /* CFFI END */
 #endif

@@ -14,6 +14,7 @@
 
 #include "bitmap.h"
 #include "store.h"
+#include "util/latency.h"
 
 enum snapshot_state { SNAPSHOT_LIVE, SNAPSHOT_BROKEN, SNAPSHOT_ENDED };
 
@@ -49,8 +50,7 @@ struct fl_snapshot {
 
     /* atomic counters of fl_stats */
     atomic_uint_least64_t clusters_saved, bytes_copied, zero_clusters, clusters_lost, claim_waits, reads_repeated;
-    atomic_uint_least64_t latency_max;
-    atomic_uint_least64_t latency[FL_LATENCY_BUCKETS];
+    struct latency latency;     /* that copy-before-write added to guest writes */
 };
 
 /* ---- for cbw.c ---- */
@@ -72,7 +72,6 @@ int snapshot_source_kept(const fl_snapshot *snapshot, uint64_t offset, uint64_t 
 void snapshot_break(fl_snapshot *snapshot, const fl_error *cause);
 /* Claims ended: wake whoever waits for them. Call it after the bits were changed. */
 void snapshot_claims_changed(fl_snapshot *snapshot);
-void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns);
 
 /* ---- for disk.c ---- */
 
