@@ -76,6 +76,18 @@ void dirty_free_all(fl_disk *disk)
     }
 }
 
+/* In write-intent mode a bitmap is good after a crash of the machine. Then what it calls clean must be on stable storage: what was written before it began to
+   record, or before the cut of a backup that is committed, would come back as it was before, and differ from the backup without being dirty. */
+static int flush_source(fl_disk *disk, const struct dirty *dirty, fl_error *error)
+{
+    if (!dirty->kept || !(dirty->kept->record.flags & RECORD_WRITE_INTENT) || !disk->writable)
+        return 0;
+    int rc = image_flush(disk->source, error);
+    if (rc && error)
+        error->side = FL_SIDE_SOURCE;
+    return rc;
+}
+
 /* ---- adding and removing ---- */
 
 static int check_new(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error)
@@ -103,6 +115,18 @@ static struct dirty *new_dirty(const char *name, uint64_t granularity)
     return dirty;
 }
 
+/* It could not be made persistent. Returns rc. */
+static int undo_add(fl_disk *disk, struct dirty *dirty, int rc)
+{
+    if (disk_close_writes(disk, NULL))
+        return rc;              /* the disk is being closed, or busy beyond measure: the file calls it inconsistent */
+    *dirty_find(disk, dirty->name) = dirty->next;
+    gate_open(&disk->writes);
+    kept_remove(dirty->kept, NULL);
+    destroy(dirty);
+    return rc;
+}
+
 static int add(fl_disk *disk, const char *name, uint64_t granularity, bool persistent, bool write_intent, fl_error *error)
 {
     int rc = check_new(disk, name, granularity, error);
@@ -128,7 +152,10 @@ static int add(fl_disk *disk, const char *name, uint64_t granularity, bool persi
     dirty->next = disk->dirty;
     disk->dirty = dirty;
     gate_open(&disk->writes);
-    return dirty->kept ? kept_confirm(dirty->kept, error) : 0;  /* when that fails it is there all the same, in memory, and `problem` tells */
+    rc = flush_source(disk, dirty, error);
+    if (rc == 0 && dirty->kept)
+        rc = kept_confirm(dirty->kept, error);
+    return rc ? undo_add(disk, dirty, rc) : 0;
 }
 
 int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error)
@@ -188,6 +215,14 @@ void dirty_exchange(struct dirty *dirty, struct bitmap *bits)
         kept_switch(dirty->kept);
 }
 
+/* Make dirty what is set in `bits`. Writers may mark meanwhile: bits are only added, in the file first. */
+static void add_bits(struct dirty *dirty, const struct bitmap *bits)
+{
+    if (dirty->kept)
+        kept_mark_all(dirty->kept, bits);
+    bitmap_merge(&dirty->bits, bits);
+}
+
 static int clear(fl_disk *disk, struct dirty *dirty, fl_error *error)
 {
     struct bitmap bits;
@@ -209,8 +244,13 @@ static int clear(fl_disk *disk, struct dirty *dirty, fl_error *error)
             dirty_exchange(dirty, &bits);
         }
         gate_open(&disk->writes);
-        if (dirty->kept)
+        rc = flush_source(disk, dirty, error);
+        if (rc == 0 && dirty->kept)
             rc = revive ? kept_confirm(dirty->kept, error) : kept_drop_old(dirty->kept, error);
+        if (rc && revive)
+            atomic_store(&dirty->kept->failed, true);   /* good in memory; the file still calls it inconsistent */
+        else if (rc)
+            add_bits(dirty, &bits);                     /* not cleared, then: whoever asked was told so */
     }
     bitmap_destroy(&bits);
     return rc;
@@ -239,7 +279,9 @@ static int enable(fl_disk *disk, struct dirty *dirty, bool enabled, fl_error *er
         return rc;
     dirty->enabled = dirty->recording = enabled;
     gate_open(&disk->writes);
-    return dirty->kept && enabled ? kept_enable(dirty->kept, true, error) : 0;
+    if (dirty->kept && enabled && (rc = flush_source(disk, dirty, error)) == 0)
+        rc = kept_enable(dirty->kept, true, error);
+    return rc;
 }
 
 int fl_disk_bitmap_enable(fl_disk *disk, const char *name, int enabled, fl_error *error)
@@ -249,14 +291,6 @@ int fl_disk_bitmap_enable(fl_disk *disk, const char *name, int enabled, fl_error
         return rc;
     struct dirty *dirty = find(disk, name, 0, &rc, error);
     return leave(disk, dirty ? enable(disk, dirty, enabled, error) : rc);
-}
-
-/* Make dirty what is set in `bits`. Writers may mark meanwhile: bits are only added, in the file first. */
-static void add_bits(struct dirty *dirty, const struct bitmap *bits)
-{
-    if (dirty->kept)
-        kept_mark_all(dirty->kept, bits);
-    bitmap_merge(&dirty->bits, bits);
 }
 
 static void collect(struct bitmap *sum, unsigned shift, const struct dirty *from)
@@ -407,7 +441,10 @@ int dirty_settle(fl_snapshot *snapshot, bool commit, fl_error *error)
     add_bits(dirty, all ? &snapshot->frozen : &some);
     bitmap_destroy(&some);
     snapshot->settled = commit ? COMMITTED : ABORTED;
-    return dirty->kept ? kept_drop_old(dirty->kept, error) : 0; /* S2: what had to come back is there */
+    int rc = commit ? flush_source(snapshot->disk, dirty, error) : 0;
+    if (rc == 0 && dirty->kept)
+        rc = kept_drop_old(dirty->kept, error); /* S2: what had to come back is there */
+    return rc;
 }
 
 /* ---- the file ---- */

@@ -25,6 +25,11 @@ POLICIES = {
     "break-guest-write": lib.FL_BREAK_GUEST_WRITE,
     "lose-range": lib.FL_LOSE_RANGE,
 }
+BITMAP_MODES = {
+    "on-success": lib.FL_BITMAP_ON_SUCCESS,
+    "always": lib.FL_BITMAP_ALWAYS,
+    "never": lib.FL_BITMAP_NEVER,
+}
 _BOUNDS = (*(lib.fl_latency_bound(i) / 1e9 for i in range(lib.FL_LATENCY_BUCKETS - 1)), math.inf)
 
 
@@ -199,10 +204,16 @@ class Snapshot(Resource):
         call(lib.fl_snapshot_check, self._handle)
 
     def commit(self) -> None:
-        """Say that the incremental backup made of this snapshot is good: `close` does not merge the frozen dirty
-        bitmap back.
+        """Say that the incremental backup made of this snapshot is good, and on stable storage: the frozen dirty
+        bitmap is dropped (see `bitmap_mode`). Not after `abort`.
         """
         call(lib.fl_snapshot_commit, self._handle)
+
+    def abort(self) -> None:
+        """Say that it is not: the frozen dirty bitmap is merged back. Closing does that too, where neither was called.
+        Not after `commit`.
+        """
+        call(lib.fl_snapshot_abort, self._handle)
 
     def _close(self) -> None:
         # First the image: its last user is then a thread of the snapshot's own, so that storage that hangs when a file
