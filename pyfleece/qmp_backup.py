@@ -44,10 +44,7 @@ def broken_event(name: str, snapshot: str, error: SnapshotBrokenError) -> tuple[
 
 
 class Run:
-    """One backup. It owns `group` from now on, also when this raises, and closes it in the end.
-
-    `bitmap_mode`: "on-success", or "never": the dirty bitmaps stay as they would be without this backup.
-    """
+    """One backup. It owns `group` from now on, also when this raises, and closes it in the end."""
 
     def __init__(
         self,
@@ -55,7 +52,6 @@ class Run:
         group: SnapshotGroup,
         *,
         told: str,
-        bitmap_mode: str,
         speed: int | None,
         workers: int | None,
         format: str | None,
@@ -68,7 +64,6 @@ class Run:
         self.parts = {part.name: part for part in parts}
         self._group = group
         self._told = told
-        self._commits = bitmap_mode == "on-success"
         self._emit = emit
         self._on_end = on_end
         self._over = threading.Event()
@@ -187,9 +182,8 @@ class Run:
                 self._wait(failed)
                 self._enter(self.jobs, "pending")
                 _publish_all(jobs)
-                if self._commits:
-                    for snapshot in self._group:
-                        snapshot.commit()
+                for snapshot in self._group:
+                    snapshot.commit()
             except BaseException as error:
                 self._failure = error
             for job in jobs:

@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from pyfleece.group import snapshot_group
+from pyfleece.group import OK, SKIPPED, snapshot_group
 from pyfleece.image import check_new_format
 from pyfleece.qmp_backup import Emit, Part, Run
 from pyfleece.qmp_commands import Commands
 from pyfleece.qmp_disks import Disks
 from pyfleece.qmp_wire import QmpError
-from pyfleece.snapshot import Snapshot
+from pyfleece.snapshot import BITMAP_MODES, Snapshot
 
-_BITMAP_MODES = ("on-success", "never")
 _NEW, _EXISTING = "absolute-paths", "existing"      # the names that QEMU has for them
 _KEPT = 16                  # backups that are over and can be asked about
 _CANCEL_WAIT = 1.0          # seconds that cancelling waits for the backup to end
@@ -104,7 +103,7 @@ class Jobs:
             raise QmpError(f"Parameter 'speed' expects a value of 0 (no limit) or more, not {speed}")
         if max_workers is not None and max_workers < 1:
             raise QmpError(f"Parameter 'max-workers' expects a value of 1 or more, not {max_workers}")
-        _check_word("bitmap-mode", bitmap_mode, _BITMAP_MODES)
+        _check_word("bitmap-mode", bitmap_mode, tuple(BITMAP_MODES))
         _check_word("mode", mode, (_NEW, _EXISTING))
         parts = _parts(names, backup_dir, target, format, mode == _EXISTING)
         if bitmap is not None:
@@ -116,6 +115,7 @@ class Jobs:
                 [self._disks.by_name[name] for name in names],
                 [self._disks.fleecing_for(name, fleecing) for name in names],
                 bitmap=bitmap,
+                bitmap_mode=bitmap_mode,
                 **self._options,
                 **self._hooks,
             )
@@ -123,7 +123,6 @@ class Jobs:
                 parts,
                 group,
                 told=backup_dir or target or "",
-                bitmap_mode=bitmap_mode,
                 speed=speed,
                 workers=max_workers,
                 format=format,
@@ -273,7 +272,7 @@ def _is_file(path: str) -> bool:
 
 def _hook_problem(thaw: str) -> dict[str, str]:
     """A thaw that failed does not undo a good cut, but somebody should look at the guest."""
-    return {} if thaw in ("ok", "not run") else {"thaw": thaw}
+    return {} if thaw in (OK, SKIPPED) else {"thaw": thaw}
 
 
 def _check_word(name: str, value: str, words: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ def _node(name: str, disk: Disk, snapshots: Mapping[str, Snapshot]) -> dict[str,
             "actual-size": info.allocated,
             "cluster-size": info.cluster_size,
         },
-        "dirty-bitmaps": [qmp_bitmaps.describe(bitmap) for bitmap in disk.bitmaps.values()],
+        "dirty-bitmaps": qmp_bitmaps.describe(disk),
         "snapshots": [_snapshot(cut, snapshot) for cut, snapshot in snapshots.items() if not snapshot.closed],
     }
 

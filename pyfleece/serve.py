@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from pyfleece import nbd as _nbd
-from pyfleece import qmp_bitmaps, qmp_disks, qmp_nodes
+from pyfleece import qmp_bitmaps, qmp_cuts, qmp_disks, qmp_nodes
 from pyfleece.control import Control
 from pyfleece.disk import Disk
 from pyfleece.errors import Error, describe, invalid
@@ -169,6 +169,8 @@ class Server:
         qmp_bitmaps.add_commands(commands, self._disks)
         qmp_disks.add_commands(commands, self._disks)
         qmp_nodes.add_commands(commands, self._disks, self._list_snapshots)
+        if self._mountpoint is not None or self._nbd_address is not None:
+            qmp_cuts.add_commands(commands, self._disks, self._the_mount, FILE_SUFFIX)
         commands.add("quit", lambda: self.request_stop("quit"))
         return commands
 
@@ -194,6 +196,10 @@ class Server:
         )
         undo.callback(self._nbd.close)
         self._look_at_snapshots()
+
+    def _the_mount(self) -> Mount:
+        assert self._mount is not None          # commands are run when it is there
+        return self._mount
 
     # ---- while it runs ----
 

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--freeze", metavar="CMD", help="run before each cut: makes the guest's file systems clean")
     parser.add_argument("--thaw", metavar="CMD", help="run after each cut, whatever happened")
     parser.add_argument("--freeze-timeout", metavar="SECONDS", type=float, default=10.0, help="for each of the two")
-    parser.add_argument("--bitmap", metavar="NAME", help="a dirty bitmap: mkdir in .snap makes incrementals of it")
+    parser.add_argument("--bitmap", metavar="NAME", help="mkdir in .snap makes incrementals of this dirty bitmap")
     group = parser.add_argument_group("options of the snapshots")
     group.add_argument("--fleecing", metavar="WHERE", help="directory for nameless files, or memory")
     group.add_argument("--fleecing-limit", metavar="SIZE", type=size, help="the most that a fleecing file may hold")
@@ -64,6 +64,10 @@ def _serve(args: argparse.Namespace) -> None:
         for name, path in disks.items():
             image = pyfleece.open(path, "r+", format=args.format, direct=args.direct, share=args.share)
             opened[name] = stack.enter_context(pyfleece.Disk(stack.enter_context(image)))
+            if args.bitmap and args.bitmap not in opened[name].bitmaps:
+                lasts = opened[name].bitmaps.file is not None
+                opened[name].bitmaps.add(args.bitmap, persistent=lasts)
+                log(f"dirty bitmap {args.bitmap} is new on {name}{'' if lasts else ', and in memory only'}")
         if args.pidfile:
             stack.enter_context(PidFile(args.pidfile))
         server = Server(
