@@ -362,6 +362,10 @@ static void on_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
 {
     fl_mount *mount = mount_of(req);
     fuse_ino_t found = 0;
+    if (strlen(name) > 255) {
+        fuse_reply_err(req, ENAMETOOLONG);
+        return;
+    }
     if (parent == FUSE_ROOT_ID) {
         if (strcmp(name, SNAP_NAME) == 0)
             found = SNAP_NODE;

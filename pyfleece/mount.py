@@ -15,7 +15,6 @@ import atexit
 import errno
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +26,10 @@ from pyfleece import _binding
 from pyfleece._binding import Resource, call, call_code, nanoseconds, positive
 from pyfleece._native import ffi, lib
 from pyfleece.disk import Disk
-from pyfleece.errors import ClosedError, Error, FreezeError, ImageError, from_code, from_os_error, invalid
+from pyfleece.errors import ClosedError, Error, FreezeError, from_code, invalid
 from pyfleece.group import OK, SKIPPED, FreezeReport, Hook, snapshot_group
 from pyfleece.image import Path
+from pyfleece.mountpoint import Watch, check_mountpoint, failure
 from pyfleece.snapshot import Snapshot
 
 # Called with the path below the mount point (".snap/now/vm.raw") and what happened.
@@ -102,6 +102,7 @@ class Mount(Resource):
             options,
             filename=mountpoint,
         )
+        self._watch = Watch(mountpoint)
         for disk in self._disks.values():
             disk._users.add(self)
         self._threads = [
@@ -168,7 +169,7 @@ class Mount(Resource):
             fleecing = [fleecing.get(name) for name in names]
         with self._lock:
             if name in self._cuts or name in self._reserved:
-                raise _failure(errno.EEXIST, f"there is a snapshot {name!r} already")
+                raise failure(errno.EEXIST, f"there is a snapshot {name!r} already")
             self._reserved.add(name)
         try:
             group = snapshot_group(
@@ -233,6 +234,7 @@ class Mount(Resource):
                     stack.callback(disk.flush)
             stack.callback(self._join)
             stack.callback(self._end_cuts)
+            stack.callback(self._watch.close)
             stack.callback(call, lib.fl_mount_close, self._handle)
 
     def _end_cuts(self) -> None:
@@ -256,7 +258,7 @@ class Mount(Resource):
         with self._lock:
             made = self._cuts.get(name)
         if made is None:
-            raise _failure(errno.ENOENT, f"there is no snapshot {name!r}")
+            raise failure(errno.ENOENT, f"there is no snapshot {name!r}")
         return made
 
     def _check_disks(self, names: Sequence[str] | Mapping[str, Any], what: str) -> None:
@@ -338,8 +340,8 @@ def mount(
     `on_error`: called in a thread of its own for what failed; repetitions are left out. None: they are logged as
     warnings by `logging.getLogger("pyfleece.mount")`.
 
-    What a mount of a process that was killed left behind on `mountpoint` is cleaned up. The mount is closed when the
-    interpreter exits.
+    The mount is closed when the interpreter exits; when the process is killed, a small process that watches it
+    unmounts, and else the next mount at the same place cleans up.
 
     Raises ImageError with ENOSYS where the extension module was built without libfuse3, FileNotFoundError,
     NotADirectoryError, PermissionError, and EBUSY or ENOTEMPTY for a mount point that is in use or not empty.
@@ -354,7 +356,7 @@ def mount(
         raise TypeError(f"snapshot_options has no {min(unknown)!r}: there are {', '.join(sorted(_OPTIONS))}")
     nanoseconds(freeze_timeout, "freeze_timeout")
     path = os.path.realpath(os.fsdecode(mountpoint))
-    _check_mountpoint(path)
+    check_mountpoint(path)
     made = Mount(path, disks, threads, allow_other)
     try:
         made._defaults = {**(snapshot_options or {}), "freeze_timeout": freeze_timeout}
@@ -367,10 +369,6 @@ def mount(
         _binding.close_after(made.close, error)
         raise
     return made
-
-
-def _failure(number: int, text: str) -> ImageError:
-    return from_os_error(OSError(number, os.strerror(number)), text)
 
 
 def _check_name(name: str) -> None:
@@ -388,43 +386,3 @@ def _errno_of(error: Exception) -> int:
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     return getattr(error, "errno", None) or errno.EIO
-
-
-def _check_mountpoint(path: str) -> None:
-    """Raise what is wrong with it, more clearly than the kernel would."""
-    try:
-        os.listdir(path)            # stat() may be answered from what the kernel remembers of a mount that died
-    except OSError as error:
-        if error.errno != errno.ENOTCONN or not _is_ours(path):
-            raise from_os_error(error, f"cannot mount on {path}") from None
-        _clean_up(path)
-    try:
-        entries = os.listdir(path)
-    except OSError as error:
-        raise from_os_error(error, f"cannot mount on {path}") from None
-    if os.path.ismount(path):
-        raise _failure(errno.EBUSY, f"cannot mount on {path}: something is mounted there")
-    if entries:
-        raise _failure(errno.ENOTEMPTY, f"cannot mount on {path}: it would hide {min(entries)!r}")
-
-
-def _is_ours(path: str) -> bool:
-    """Is the topmost mount there one of this library's?"""
-    escaped = path.replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
-    kind = ""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            before, _, after = line.partition(" - ")
-            if before.split(" ")[4] == escaped:
-                kind = after.split(" ")[0]
-    return kind == "fuse.pyfleece"
-
-
-def _clean_up(path: str) -> None:
-    """Unmount what a process that was killed left behind."""
-    for command in (["umount", "--lazy", path], ["fusermount3", "-u", "-z", "-q", "--", path]):
-        try:
-            if subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0:
-                return
-        except OSError:
-            continue
