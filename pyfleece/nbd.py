@@ -152,9 +152,11 @@ class Nbdkit:
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                 start_new_session=True,
             )  # fmt: skip
-        threading.Thread(target=self._listen_to, args=(process,), name="pyfleece-nbd-log", daemon=True).start()
+        listener = threading.Thread(target=self._listen_to, args=(process,), name="pyfleece-nbd-log", daemon=True)
+        listener.start()
         self._wait_until_it_listens(process)
         status = process.wait()
+        listener.join(1)                        # its last words tell why
         with self._lock:
             self._process = None
         if not self._stopping.is_set():

@@ -32,6 +32,8 @@ class Jobs:
         self._options = dict(options)
         self._hooks = dict(hooks)
         self._emit = emit
+        # A directory that no backup goes to: the mount of the disks themselves. Set before the first command.
+        self.avoid: str | None = None
         self._lock = threading.Lock()           # protects what follows
         self._runs: dict[str, Run] = {}         # by UUID, in the order of their start
         self._taken: dict[str, str] = {}        # disk -> UUID of the backup that runs, or "" while it starts
@@ -106,6 +108,7 @@ class Jobs:
         _check_word("bitmap-mode", bitmap_mode, tuple(BITMAP_MODES))
         _check_word("mode", mode, (_NEW, _EXISTING))
         parts = _parts(names, backup_dir, target, format, mode == _EXISTING)
+        self._check_targets(parts)
         if bitmap is not None:
             self._check_incremental(bitmap, parts)
         with ExitStack() as undo:
@@ -184,6 +187,11 @@ class Jobs:
         if twice:
             raise QmpError(f"Device '{twice[0]}' is in devlist twice")
         return names
+
+    def _check_targets(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            if self.avoid is not None and os.path.realpath(part.target).startswith(self.avoid + os.sep):
+                raise QmpError(f"the target {part.target} is in the mount of the disks that are backed up")
 
     def _check_incremental(self, bitmap: str, parts: Sequence[Part]) -> None:
         for part in parts:

@@ -93,12 +93,15 @@ class Server:
         self._known: dict[str, Mapping[str, Snapshot]] = {}     # the mount's cuts that were told of
         self._broken: set[tuple[str, str]] = set()
         self._reason = ""                       # why `wait` returns
-        self._sleeper, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
+        self._bell: tuple[socket.socket, socket.socket] | None = None       # what wakes `wait` up: made by `start`
 
     def start(self) -> None:
         """All of it, or nothing and an exception."""
         with ExitStack() as undo:
+            self._bell = socket.socketpair()
+            for end in self._bell:
+                end.setblocking(False)
+                undo.callback(end.close)
             if self._control_path is not None:
                 # First: it tells whether another server serves here already. Clients are answered last.
                 self._control = Control(self._control_path, self._commands.execute, self._log)
@@ -126,24 +129,24 @@ class Server:
         if self._stopped.is_set():
             return
         self._stopped.set()
+        with self._look:
+            pass                                # nobody looks any more
         self._emit("SHUTDOWN", {"guest": False, "reason": self._reason or "stopped"})
-        try:
-            self._stack.close()
-        finally:
-            self._waker.close()
-            self._sleeper.close()
+        self._stack.close()
 
     def request_stop(self, reason: str) -> None:
         """Let `wait` return. From any thread, and from a signal handler."""
         self._reason = self._reason or reason
         try:
-            self._waker.send(b"!")
+            if self._bell is not None:
+                self._bell[1].send(b"!")
         except OSError:
-            pass                                # full: it was sent before; or it has stopped
+            pass                                # full: it was rung before; or the server has stopped
 
     def wait(self, timeout: float | None = None) -> str | None:
         """Wait until somebody asked it to stop; returns why. None: nobody did for `timeout` seconds."""
-        return self._reason if select.select([self._sleeper], [], [], timeout)[0] else None
+        assert self._bell is not None           # it was started
+        return self._reason if select.select([self._bell[0]], [], [], timeout)[0] else None
 
     @property
     def mount(self) -> Mount | None:
@@ -188,6 +191,7 @@ class Server:
             **self._hooks,
         )
         undo.callback(self._mount.close)
+        self._jobs.avoid = self._mount.mountpoint
 
     def _start_nbd(self, undo: ExitStack, address: _nbd.Address, directory: str) -> None:
         first = next(iter(self._disks.by_name)) + FILE_SUFFIX
@@ -228,8 +232,11 @@ class Server:
     def _watch_mount(self) -> None:
         """When somebody unmounts it there is nothing left to serve; backups that run are finished first."""
         assert self._mount is not None
-        while not self._mount.wait(1.0):
-            pass
+        try:
+            while not self._mount.wait(1.0):
+                pass
+        except Error:
+            pass                                # it was closed in this moment
         if not self._stopped.is_set():
             self._log("the mount was unmounted; ending when no backup runs any more")
             self._jobs.wait(self._stopped)
@@ -237,13 +244,16 @@ class Server:
 
     def _watch_snapshots(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY):
-            self._look_at_snapshots()
+            try:
+                self._look_at_snapshots()
+            except Exception as error:          # it may be different next time
+                self._log(f"looking at snapshots failed: {type(error).__name__}: {describe(error)}")
 
     def _look_at_snapshots(self) -> None:
         """Tell of cuts that came and went, and of snapshots that broke; export them."""
         assert self._mount is not None
         with self._look:
-            if self._mount.closed:
+            if self._mount.closed or self._stopped.is_set():
                 return
             cuts = self._mount.snapshots
             if self._nbd is not None:

@@ -43,7 +43,8 @@ def ctl(*arguments: str | os.PathLike[str], status: int = 0) -> tuple[str, str]:
 def test_ctl(server, disk, tmp_path):
     control = tmp_path / "control"
     out, _ = ctl(control)
-    assert "block-dirty-bitmap-add node=str name=str [granularity=int]" in out.splitlines()
+    assert "block-dirty-bitmap-merge node=str target=str bitmaps=strs" in out.splitlines()
+    assert "block-job-cancel device=str [force=bool]" in out.splitlines()
     out, _ = ctl(control, "backup", "devlist=vm", f"target={tmp_path}/b.raw", "speed=100M", "fleecing=false", "--wait")
     assert json.loads(out)["status"] == "done" and (tmp_path / "b.raw").read_bytes() == disk.pread(SIZE, 0)
     assert ctl(control, "block-dirty-bitmap-add", "node=vm", "name=daily", "granularity=64K") == ("", "")

@@ -64,7 +64,7 @@ class Served:
 @contextmanager
 def served(image: Path, *more: str | os.PathLike[str]) -> Iterator[Served]:
     directory = image.parent
-    if not os.path.lexists(directory / "control"):      # that of a server that was killed: then the mount is there, too
+    if "mount" not in os.listdir(directory):
         (directory / "mount").mkdir()
     where = ("--mount", directory / "mount", "--nbd", f"unix:{directory}/nbd", "--control", directory / "control")
     with serving(image, *where, *more) as process:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import MIB, missing, run, wait_for
 from serve_kit import BLOCK, COMMAND, Client, served_disk, serving
 
+from pyfleece import cli
 from pyfleece.daemon import PidFile
 from pyfleece.notify import Notifier
 
@@ -98,9 +102,6 @@ def test_killed_server_leaves_nothing_in_the_way(image, tmp_path):
         process.kill()
         process.wait(20)
     assert (tmp_path / "control").exists()
-    with pytest.raises(OSError) as caught:
-        os.listdir(mountpoint)
-    assert caught.value.errno == errno.ENOTCONN
     with serving(*arguments) as process:
         assert (mountpoint / "vm.raw").read_bytes()[:23] == b"written before the kill"
         with Client(tmp_path / "control") as client:
@@ -146,6 +147,9 @@ def test_cuts_in_the_mount_are_told_and_listed(image, tmp_path):
             assert [s["name"] for s in node["snapshots"]] == ["now"] and node["snapshots"][0]["broken"] is False
             (mountpoint / ".snap" / "now").rmdir()
             assert client.event("SNAPSHOT_DELETED")["data"] == {"snapshot": "now", "devices": ["vm"]}
+            for target in (mountpoint / "vm.raw", mountpoint / "new.raw"):
+                desc = client.refusal("backup", target=str(target), mode="existing")[1]
+                assert desc == f"the target {target} is in the mount of the disks that are backed up"
         ends(process)
 
 
@@ -179,6 +183,63 @@ def test_unmounting_ends_it_when_the_backup_is_complete(image, tmp_path):
             assert client.event("SHUTDOWN")["data"]["reason"] == "unmounted"
         assert process.wait(30) == 0
     run("cmp", image, tmp_path / "b.raw")
+
+
+def test_incrementals_go_on_after_a_kill(image, tmp_path):
+    """A persistent bitmap has what was written before the kill, so the next backup is an incremental."""
+    requires_mount()
+    mountpoint, copy = tmp_path / "mount", str(tmp_path / "copy.raw")
+    mountpoint.mkdir()
+    arguments = (image, "--control", tmp_path / "control", "--mount", mountpoint)
+    with serving(*arguments) as process, Client(tmp_path / "control") as client:
+        client.execute("block-dirty-bitmap-add", node="vm", name="daily", persistent=True)
+        assert client.end_of(client.execute("backup", target=copy)["UUID"])["status"] == "done"
+        with open(mountpoint / "vm.raw", "r+b", buffering=0) as guest:
+            os.pwrite(guest.fileno(), os.urandom(3 * BLOCK), 5 * MIB)
+        process.kill()
+        process.wait(20)
+    with serving(*arguments) as process, Client(tmp_path / "control") as client:
+        uuid = client.execute("backup", target=copy, bitmap="daily", mode="existing")["UUID"]
+        status = client.end_of(uuid)
+        assert status["status"] == "done" and 0 < status["total"] <= MIB
+        ends(process)
+    run("cmp", image, copy)
+
+
+def test_cuts_by_the_control_socket(image, tmp_path):
+    """With --bitmap a mkdir makes an incremental; the first one of a new bitmap wants a full cut before it."""
+    requires_mount()
+    mountpoint = tmp_path / "mount"
+    mountpoint.mkdir()
+    snaps = mountpoint / ".snap"
+    options = ("--control", tmp_path / "control", "--mount", mountpoint, "--bitmap", "daily")
+    with (
+        serving(image, *options) as process,
+        Client(tmp_path / "control") as client,
+        open(mountpoint / "vm.raw", "r+b", buffering=0) as guest,
+    ):
+        assert any("dirty bitmap daily is new on vm" in line for line in process.said)
+        assert client.execute("snapshot-create", name="first", full=True) == {"name": "first"}
+        assert (snaps / "first" / "vm.raw").read_bytes() == image.read_bytes()
+        assert "there is a snapshot 'first' already" in client.refusal("snapshot-create", name="first")[1]
+        client.execute("snapshot-delete", name="first", commit=True)
+        assert not (snaps / "first").exists()
+        os.pwrite(guest.fileno(), b"z" * BLOCK, 6 * MIB)
+        name = client.execute("snapshot-create", devlist=["vm"])["name"]
+        assert sorted(os.listdir(snaps / name)) == ["vm.changed", "vm.raw"]
+        with (snaps / name / "vm.changed").open("rb") as changed:
+            assert os.lseek(changed.fileno(), 0, os.SEEK_DATA) == 6 * MIB
+        count = client.execute("query-named-block-nodes")[0]["dirty-bitmaps"][0]["count"]
+        assert count == 0
+        client.execute("snapshot-delete", name=name)            # not committed: it is dirty again
+        assert client.execute("query-named-block-nodes")[0]["dirty-bitmaps"][0]["count"] == 65536
+        client.execute("snapshot-create", name="again")
+        client.execute("snapshot-delete", name="again", commit=True)
+        assert client.execute("query-named-block-nodes")[0]["dirty-bitmaps"][0]["count"] == 0
+        assert "there is no snapshot 'no'" in client.refusal("snapshot-delete", name="no")[1]
+        assert client.refusal("snapshot-create", devlist=["no"])[0] == "DeviceNotFound"
+        assert "'full' is without" in client.refusal("snapshot-create", bitmap="daily", full=True)[1]
+        ends(process)
 
 
 # ---- daemons and service managers ----
@@ -244,3 +305,47 @@ def test_notifier_without_a_manager_says_nothing(monkeypatch, tmp_path):
             monkeypatch.setenv("NOTIFY_SOCKET", address)
         Notifier().ready("fine")
         assert "NOTIFY_SOCKET" not in os.environ
+
+
+# ---- the documentation ----
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.mark.parametrize("name", ["serving.md", "control.md"])
+def test_commands_of_the_documentation_parse(name):
+    blocks = re.findall(r"^```sh\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^(pyfleece (?:serve|ctl) [^#|\n]*)", "".join(blocks), re.MULTILINE)
+    assert len(commands) > 2
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command)[1:])
+
+
+def test_systemd_unit_of_the_documentation(tmp_path):
+    (unit,) = re.findall(r"^```ini\n(.*?)^```", (DOCS / "serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    (start,) = re.findall(r"^ExecStart=\S+/pyfleece (.*)", unit, re.MULTILINE)
+    cli._parser().parse_args(shlex.split(start.replace("$ARGS", "vm.raw")))
+    assert "Type=notify" in unit
+    if shutil.which("systemd-analyze"):
+        program = tmp_path / "pyfleece"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        (tmp_path / "pyfleece@.service").write_text(unit.replace("/usr/local/bin/pyfleece", str(program)))
+        said = run("systemd-analyze", "verify", "--man=no", tmp_path / "pyfleece@.service", check=False)
+        assert "pyfleece@" not in said, said
+
+
+def test_control_socket_documentation_names_every_command(image, tmp_path):
+    text = (DOCS / "control.md").read_text()
+    requires_mount()
+    (tmp_path / "mount").mkdir()
+    with (
+        serving(image, "--control", tmp_path / "control", "--mount", tmp_path / "mount"),
+        Client(tmp_path / "control") as client,
+    ):
+        for command in client.execute("query-commands"):
+            short = command["name"].replace("block-dirty-bitmap", "")
+            assert f"`{short}`" in text or f"`{command['name']}`" in text, command["name"]
+            for argument in command["arguments"]:
+                assert f"`{argument}`" in text or f"`{argument.lstrip('*')}`" in text, (command["name"], argument)
+        client.execute("quit")

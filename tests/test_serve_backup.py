@@ -251,11 +251,38 @@ def test_bitmap_commands(client, disk):
     assert client.refusal("block-dirty-bitmap-add", node="vm", name="daily")[1] == "Bitmap already exists: daily"
     assert "granularity" in client.refusal("block-dirty-bitmap-add", node="vm", name="x", granularity=5000)[1]
     assert client.refusal("block-dirty-bitmap-add", node="no", name="x")[0] == "DeviceNotFound"
+    assert bitmap["recording"] and not bitmap["busy"] and not bitmap["persistent"] and not bitmap["inconsistent"]
     assert "1 to 255 bytes" in client.refusal("block-dirty-bitmap-add", node="vm", name="")[1]
     client.execute("block-dirty-bitmap-remove", node="vm", name="daily")
     error = client.refusal("block-dirty-bitmap-remove", node="vm", name="daily")
     assert error == ("GenericError", "Dirty bitmap 'daily' not found on device 'vm'")
     assert client.execute("query-named-block-nodes")[0]["dirty-bitmaps"] == []
+
+
+def test_bitmaps_are_cleared_disabled_and_merged(client, disk):
+    def count(name: str) -> int:
+        (node,) = client.execute("query-named-block-nodes")
+        return {bitmap["name"]: bitmap["count"] for bitmap in node["dirty-bitmaps"]}[name]
+
+    unit = 65536
+    client.execute("block-dirty-bitmap-add", node="vm", name="a")
+    client.execute("block-dirty-bitmap-add", node="vm", name="b", disabled=True)
+    client.execute("block-dirty-bitmap-add", node="vm", name="c", granularity=4096)
+    disk.pwrite(b"x", 0)
+    assert (count("a"), count("b"), count("c")) == (unit, 0, 4096)
+    client.execute("block-dirty-bitmap-enable", node="vm", name="b")
+    client.execute("block-dirty-bitmap-disable", node="vm", name="a")
+    disk.pwrite(b"x", 3 * unit)
+    assert (count("a"), count("b"), count("c")) == (unit, unit, 2 * 4096)
+    client.execute("block-dirty-bitmap-merge", node="vm", target="b", bitmaps=["a", "c"])
+    assert count("b") == 2 * unit
+    client.execute("block-dirty-bitmap-clear", node="vm", name="b")
+    assert count("b") == 0
+    for command in ("clear", "enable", "disable", "remove"):
+        assert "'no' not found" in client.refusal(f"block-dirty-bitmap-{command}", node="vm", name="no")[1]
+    for target, source in (("no", "a"), ("a", "no")):
+        arguments = {"node": "vm", "target": target, "bitmaps": [source]}
+        assert "Dirty bitmap 'no' not found" in client.refusal("block-dirty-bitmap-merge", **arguments)[1]
 
 
 def test_incrementals_bring_a_copy_up_to_date(client, disk, tmp_path):
