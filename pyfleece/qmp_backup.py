@@ -26,6 +26,7 @@ from pyfleece.progress import total_of
 
 Emit = Callable[[str, dict[str, Any]], None]
 _LOOK_EVERY = 0.1           # seconds
+_CLOSE_WAIT = 2.0           # seconds that closing a target is waited for
 
 
 class Part(NamedTuple):
@@ -195,9 +196,11 @@ class Run:
         self._tell_end(failed)
 
     def _wait(self, failed: dict[str, BaseException]) -> None:
-        """Until all jobs are complete. Raises the first failure."""
+        """Until all jobs are complete. Raises the first failure. A job whose target hangs does not end when it is
+        cancelled, and is not waited for.
+        """
         running = dict(self.jobs)
-        while running:
+        while running and not self._cancelled:
             self._look_for_broken()
             for name, job in list(running.items()):
                 if job.done:
@@ -258,15 +261,23 @@ class Run:
 
     def _close_all(self, error: BaseException | None) -> None:
         """End the jobs, then the snapshots. The outcome is known, and what fails or hangs here changes nothing."""
-        for step in (
+        steps: tuple[Callable[[], None], ...] = (
             lambda: _end_all(list(self.jobs.values()), error),
             self._group.close,
-            *(image.close for image in self._images),
-        ):
+            self._close_images,
+        )
+        for step in steps:
             try:
                 step()
             except Exception:
                 pass
+
+    def _close_images(self) -> None:
+        for image in self._images:
+            # In a thread of its own: on storage that hangs, so does this.
+            closer = threading.Thread(target=image.close, name="pyfleece-close", daemon=True)
+            closer.start()
+            closer.join(_CLOSE_WAIT)
 
     def _enter(self, names: Iterable[str], state: str) -> None:
         for name in names:

@@ -190,6 +190,13 @@ class Jobs:
 
     def _check_targets(self, parts: Sequence[Part]) -> None:
         for part in parts:
+            try:
+                mode = os.stat(part.target).st_mode
+            except FileNotFoundError:
+                mode = stat.S_IFREG
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                # Opening a pipe may take forever, and nobody could cancel that.
+                raise QmpError(f"the target {part.target} is neither a file nor a block device")
             if self.avoid is not None and os.path.realpath(part.target).startswith(self.avoid + os.sep):
                 raise QmpError(f"the target {part.target} is in the mount of the disks that are backed up")
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MIB, wait_for
+from conftest import MIB, missing, wait_for
+from fuse_kit import fuse_mount, why_not
 from serve_kit import BLOCK, Client, Guest, served_disk
 
 import pyfleece
@@ -239,6 +240,32 @@ def test_lost_ranges_are_counted(client, server, disk, tmp_path):
     assert status["status"] == "done" and status["lost-bytes"] > 0
 
 
+@pytest.mark.parametrize("mode", ["absolute-paths", "existing"])
+def test_a_target_that_hangs_holds_up_its_backup_only(client, disk, tmp_path, mode):
+    reason = why_not()
+    if reason:
+        missing(reason)
+    with fuse_mount(tmp_path / "fuse") as storage:
+        target = storage.directory / "b.raw"
+        if mode == "existing":
+            target.write_bytes(bytes(SIZE))
+        with Guest(disk.pwrite, SIZE) as guest, Client(tmp_path / "control") as other:
+            uuid = client.execute("backup", target=str(target), mode=mode, speed=2 * MIB)["UUID"]
+            wait_for(lambda: client.execute("query-backup")["transferred"])
+            storage.stop()
+            guest.goes_on()
+            assert other.execute("query-named-block-nodes")
+            client.execute("backup-cancel", uuid=uuid)
+            assert client.end_of(uuid)["errmsg"] == "backup cancelled"
+            # The next one goes elsewhere, while the first still hangs.
+            uuid = other.execute("backup", target=str(tmp_path / "b.raw"))["UUID"]
+            assert other.end_of(uuid)["status"] == "done"
+            guest.goes_on()
+        storage.go_on()
+        if mode != "existing":
+            wait_for(lambda: os.listdir(storage.directory) == [], 20)
+
+
 # ---- incrementals ----
 
 
@@ -332,6 +359,8 @@ def test_errors_of_backup(client, tmp_path):
         ({"devlist": "vm"}, "GenericError", "one of 'backup-dir' and 'target' is needed"),
         ({"target": target, "backup-dir": str(tmp_path)}, "GenericError", "and not both"),
         ({"target": "b.raw"}, "GenericError", "'target' must be an absolute path: b.raw"),
+        ({"target": "/dev/null"}, "GenericError", "the target /dev/null is neither a file nor a block device"),
+        ({"target": str(tmp_path)}, "GenericError", "is neither a file nor a block device"),
         ({"backup-dir": "."}, "GenericError", "'backup-dir' must be an absolute path"),
         ({"backup-dir": str(tmp_path / "no")}, "GenericError", "No such file or directory"),
         ({"backup-dir": str(tmp_path / "old.raw")}, "GenericError", "is not a directory"),
