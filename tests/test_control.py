@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from pyfleece import control as control_module
 from pyfleece import unix_socket
 from pyfleece.qmp_wire import MAX_MESSAGE, Framer, QmpError
 from pyfleece.serve import Server
+from pyfleece.testing import FaultyImage
 
 VERSION = b'{"execute": "query-version"}'
 
@@ -370,6 +372,22 @@ def test_clients_learn_that_the_server_ends(tmp_path):
                     client.receive()
         server.stop()
         server.request_stop("too late")
+
+
+def test_the_end_flushes_and_a_flush_that_fails_is_told(tmp_path, no_leaks):
+    path = tmp_path / "vm.raw"
+    with pyfleece.create(path, MIB) as image, FaultyImage(image) as faulty, pyfleece.Disk(faulty) as disk:
+        for told in (True, False):
+            server = Server({"vm": disk}, control=tmp_path / "control", log=lambda _: None)
+            server.start()
+            if told:
+                faulty.fail("flush", error=errno.EIO, nth=1)
+                with pytest.raises(OSError) as caught:
+                    server.stop()
+                assert caught.value.errno == errno.EIO
+            else:
+                server.stop()
+            assert not (tmp_path / "control").exists()
 
 
 # ---- real QMP clients ----
