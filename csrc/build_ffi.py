@@ -1,8 +1,8 @@
 """Build the extension module `pyfleece._native` with cffi, in API mode.
 
-The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. The
-only thing that is added is the callback through which a waiting C call asks Python whether to go on (see
-`fl_set_interrupt`).
+The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. Only two
+callbacks are added: a waiting C call asks Python whether to go on (see `fl_set_interrupt`), and
+the threads of a backup show what they copy (`on_piece`).
 
 libfuse3 is looked for here, with pkg-config or where Debian has it: mounts are built in when it is found.
 PYFLEECE_WITHOUT_FUSE=1 leaves them out.
@@ -14,6 +14,7 @@ import glob
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
 import tempfile
 
@@ -65,6 +66,28 @@ def links(flags):
             return False
 
 
+# Libraries that are used where this system has them: macro, library, header, and a function of it.
+OPTIONAL = (
+    ("FL_HAVE_ZLIB", "z", "zlib.h", "zlibVersion"),
+    ("FL_HAVE_ZSTD", "zstd", "zstd.h", "ZSTD_versionNumber"),
+)
+
+
+def is_there(library, header, function):
+    """Can a program be compiled and linked with it, by the compiler that builds the extension?"""
+    words = " ".join(os.environ.get(name) or sysconfig.get_config_var(name) or "" for name in ("CC", "CFLAGS"))
+    linking = os.environ.get("LDFLAGS", "").split()
+    with tempfile.TemporaryDirectory() as directory:
+        source = os.path.join(directory, "probe.c")
+        with open(source, "w", encoding="utf-8") as file:
+            file.write(f"#include <{header}>\nint main(void) {{ return {function}() == 0; }}\n")
+        command = [*words.split(), "-o", os.path.join(directory, "probe"), source, *linking, f"-l{library}"]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
+
+
 def find_fuse():
     """The flags that compile and link with libfuse3; None: it is not there."""
     if os.environ.get("PYFLEECE_WITHOUT_FUSE"):
@@ -83,9 +106,19 @@ fuse = find_fuse()
 FUSE_COMPILE = ["-DFLEECE_FUSE", *(flag for flag in fuse if flag.startswith(("-I", "-D")))] if fuse else []
 FUSE_LINK = [flag for flag in fuse or [] if not flag.startswith(("-I", "-D"))]
 WARNINGS = ["-Wall", "-Wextra"]
+found = [(macro, library) for macro, library, *rest in OPTIONAL if is_there(library, *rest)]
+for macro, library, *_ in OPTIONAL:
+    if (macro, library) not in found:
+        print(f"build_ffi: no lib{library} here: images that need it will be refused", file=sys.stderr)
 
 ffi = FFI()
-ffi.cdef(declarations() + '\nextern "Python" int pyfleece_interrupt(void);\n')
+ffi.cdef(
+    declarations()
+    + """
+    extern "Python" int pyfleece_interrupt(void);
+    extern "Python" int pyfleece_piece(uint64_t, uint64_t, uint64_t, const void *);
+    """
+)
 ffi.set_source(
     "pyfleece._native",
     '#include "fleece.h"',
@@ -94,6 +127,8 @@ ffi.set_source(
     depends=find(HEADERS),
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread", "-fvisibility=hidden", *WARNINGS, *FUSE_COMPILE],
     extra_link_args=["-pthread", *FUSE_LINK],
+    define_macros=[(macro, None) for macro, _ in found],
+    libraries=[library for _, library in found],
     # One build for every CPython from 3.9 on; cffi turns it off where it cannot be (free threading).
     py_limited_api=True,
 )

@@ -130,6 +130,9 @@ int raw_open(const char *path, const fl_image_options *options, fl_image **image
 int raw_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error)
 {
     struct raw *raw;
+    if (options->cluster_size || options->backing || options->backing_format || options->compression)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "cannot make image '%.200s': a raw image has no cluster size, backing file or compression to choose",
+                    path);
     int rc = raw_new(path, &raw, error);
     if (rc < 0)
         return rc;

@@ -169,16 +169,23 @@ void kept_mark_all(struct kept *kept, const struct bitmap *bitmap)
 
 /* ---- areas ---- */
 
+/* The file ends behind the areas, at least. */
+static int extend_file(const struct kept *kept)
+{
+    struct stat st;
+    uint64_t end = MAX(kept->record.area[0], kept->record.area[1]) + sidecar_area_bytes(kept->record.bits);
+    if (fstat(kept->sidecar->fd, &st))
+        return -errno;
+    return (uint64_t)st.st_size < end && ftruncate(kept->sidecar->fd, (off_t)end) ? -errno : 0;
+}
+
 int kept_map(struct kept *kept)
 {
     struct sidecar *sidecar = kept->sidecar;
     size_t bytes = sidecar_area_bytes(kept->record.bits);
-    struct stat st;
-    uint64_t end = MAX(kept->record.area[0], kept->record.area[1]) + bytes;
-    if (fstat(sidecar->fd, &st))
-        return -errno;
-    if ((uint64_t)st.st_size < end && ftruncate(sidecar->fd, (off_t)end))
-        return -errno;
+    int extended = extend_file(kept);
+    if (extended)
+        return extended;
     for (int i = 0; i < 2; i++) {
         void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, sidecar->fd, (off_t)kept->record.area[i]);
         if (memory == MAP_FAILED)
@@ -408,7 +415,9 @@ void kept_repair(struct kept *kept, const struct bitmap *bits)
     unsigned area = kept->current ^ 1;
     if (!atomic_load(&kept->failed) || sidecar->lost)
         return;
-    int rc = area_write(sidecar->fd, kept->record.area[area], bits);
+    int rc = extend_file(kept);
+    if (rc == 0)
+        rc = area_write(sidecar->fd, kept->record.area[area], bits);
     if (rc == 0 && fdatasync(sidecar->fd) == 0) {
         kept->record.flags &= ~(uint32_t)RECORD_INCONSISTENT;
         kept->record.reason = REASON_NONE;

@@ -11,6 +11,7 @@ Sizes and offsets are bytes, durations seconds. Every call that can block lets g
 from pyfleece._binding import Extent
 from pyfleece.backup import Backup, GroupResult, Result, backup, backup_group
 from pyfleece.bitmap import Bitmaps, DirtyBitmap
+from pyfleece.check import CheckResult, Finding, check
 from pyfleece.chunks import Chunk, Chunks
 from pyfleece.disk import Disk
 from pyfleece.errors import (
@@ -32,7 +33,8 @@ from pyfleece.errors import (
     TruncatedError,
 )
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
-from pyfleece.image import Image, ImageInfo, create, open
+from pyfleece.image import Image, create, open
+from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
 from pyfleece.mount import Mount, MountSnapshot, mount
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
@@ -45,6 +47,7 @@ __all__ = [
     "Bar",
     "Bitmaps",
     "CancelledError",
+    "CheckResult",
     "Chunk",
     "Chunks",
     "ClosedError",
@@ -53,6 +56,7 @@ __all__ = [
     "Disk",
     "Error",
     "Extent",
+    "Finding",
     "ForkedError",
     "FormatError",
     "FreezeError",
@@ -63,13 +67,17 @@ __all__ = [
     "ImageInfo",
     "ImageLockedError",
     "InconsistentBitmapError",
+    "InternalSnapshot",
     "Latency",
     "LostError",
+    "MapEntry",
     "Mount",
     "MountSnapshot",
     "OutOfRangeError",
     "OutsideBitmapError",
+    "PersistentBitmap",
     "Progress",
+    "Qcow2Info",
     "Result",
     "Snapshot",
     "SnapshotBrokenError",
@@ -80,6 +88,7 @@ __all__ = [
     "__version__",
     "backup",
     "backup_group",
+    "check",
     "create",
     "mount",
     "open",

@@ -56,6 +56,7 @@ class Run:
         speed: int | None,
         workers: int | None,
         format: str | None,
+        compress: bool | str,
         emit: Emit,
         on_end: Callable[[Run], None],
     ) -> None:
@@ -78,7 +79,14 @@ class Run:
         try:
             for part, snapshot in zip(parts, group):
                 target = self._open(part.target, format) if part.in_place else part.target
-                job = Backup(snapshot, target, workers=workers, speed=speed or None, format=format)
+                job = Backup(
+                    snapshot,
+                    target,
+                    workers=workers,
+                    speed=speed or None,
+                    format=None if part.in_place else format,
+                    compress=compress,
+                )
                 job._publishes = False          # we do it, when all of them are sealed
                 self.jobs[part.name] = job
             for job in self.jobs.values():

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from pyfleece.group import OK, SKIPPED, snapshot_group
-from pyfleece.image import check_new_format
+from pyfleece.image import new_format
 from pyfleece.qmp_backup import Emit, Part, Run
 from pyfleece.qmp_commands import Commands
 from pyfleece.qmp_disks import Disks
@@ -45,6 +45,7 @@ class Jobs:
             "*backup-dir": "str",
             "*target": "str",
             "*format": "str",
+            "*compress": "bool|str",
             "*speed": "int",
             "*max-workers": "int",
             "*fleecing": "bool",
@@ -92,6 +93,7 @@ class Jobs:
         backup_dir: str | None = None,
         target: str | None = None,
         format: str | None = None,
+        compress: bool | str = False,
         speed: int = 0,
         max_workers: int | None = None,
         fleecing: bool = False,
@@ -129,6 +131,7 @@ class Jobs:
                 speed=speed,
                 workers=max_workers,
                 format=format,
+                compress=compress,
                 emit=self._emit,
                 on_end=self._end,
             )
@@ -274,7 +277,7 @@ def _parts(
     if not stat.S_ISDIR(os.stat(directory).st_mode):
         raise QmpError(f"backup-dir {directory} is not a directory")
     parts = [Part(name, os.path.join(directory, f"{name}.{format or 'raw'}"), in_place) for name in names]
-    check_new_format(parts[0].target, format)
+    new_format(parts[0].target, format)
     return parts
 
 

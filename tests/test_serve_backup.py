@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MIB, missing, wait_for
+from conftest import MIB, missing, require, run, wait_for
 from fuse_kit import fuse_mount, why_not
 from serve_kit import BLOCK, Client, Guest, served_disk
 
@@ -84,6 +84,17 @@ def test_backup_is_the_state_at_the_cut_while_a_guest_writes(client, disk, tmp_p
         expected[offset : offset + BLOCK] = numbers[number]
     assert first <= cut <= last + 1 and backup == bytes(expected)
     assert written > cut
+
+
+def test_backup_to_qcow2(client, disk, tmp_path):
+    require("qemu-img")
+    (tmp_path / "out").mkdir()
+    uuid = client.execute("backup", backup_dir=str(tmp_path / "out"), format="qcow2", compress=True)["UUID"]
+    assert client.end_of(uuid)["status"] == "done"
+    run("qemu-img", "check", tmp_path / "out" / "vm.qcow2")
+    run("qemu-img", "convert", "-O", "raw", tmp_path / "out" / "vm.qcow2", tmp_path / "b.raw")
+    assert (tmp_path / "b.raw").read_bytes() == contents(disk)
+    assert "compress" in client.refusal("backup", target=str(tmp_path / "c.raw"), compress=True)[1]
 
 
 def test_events_of_a_backup_in_their_order(client, tmp_path):
