@@ -138,17 +138,23 @@ static void abort_connection(fl_mount *mount)
     }
 }
 
+/* With nobody left who could use it. */
+static void end_session(fl_mount *mount)
+{
+    if (mount->session && mount->fd >= 0) {
+        fuse_session_unmount(mount->session);           /* closes the descriptor */
+        forget_device(mount->fd);
+    }
+    if (mount->session)
+        fuse_session_destroy(mount->session);
+    mount->session = NULL;
+}
+
 void mount_unref(fl_mount *mount)
 {
     if (mount->gate.generation != fl_generation || atomic_fetch_sub(&mount->references, 1) != 1)
         return;
-    if (mount->session) {
-        if (mount->fd >= 0) {
-            fuse_session_unmount(mount->session);       /* closes the descriptor */
-            forget_device(mount->fd);
-        }
-        fuse_session_destroy(mount->session);
-    }
+    end_session(mount);
     file_destroy_handles(mount);
     tree_destroy(mount);
     pool_destroy(mount);
@@ -180,6 +186,11 @@ int fl_mount_close(fl_mount *mount, fl_error *error)
     tree_end(mount);            /* what came in meanwhile */
     abort_connection(mount);
     gate_shut(&mount->gate);
+    pthread_mutex_lock(&mount->lock);
+    bool alone = mount->threads == 0;
+    pthread_mutex_unlock(&mount->lock);
+    if (alone)                  /* else the last thread does it */
+        end_session(mount);
     pthread_mutex_lock(&mount->lock);
     mount->ended = mount->closed = true;
     pthread_cond_broadcast(&mount->changed);
