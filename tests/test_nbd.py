@@ -146,6 +146,30 @@ def test_guest_trims_and_zeroes(image):
             )
 
 
+def test_a_qcow2_disk_is_served_as_what_is_in_it(image, tmp_path):
+    """Its file in the mount and its export are raw; what guests write goes into the qcow2."""
+    source = tmp_path / "disk.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", image, source)
+    before = image.read_bytes()
+    with served(source) as server, Client(server.control) as client:
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 3M 100k", "-c", "flush", server.uri("disk.raw"))
+        (server.mountpoint / ".snap" / "now").mkdir()
+        commands = ("write -P 2 3M 200k", "discard 0 1M", "flush")
+        run("qemu-io", "-f", "raw", *(word for c in commands for word in ("-c", c)), server.uri("disk.raw"))
+        (node,) = client.execute("query-named-block-nodes")
+        assert (node["node-name"], node["drv"], node["size"]) == ("disk", "qcow2", SIZE)
+        now = (server.mountpoint / "disk.raw").read_bytes()
+        assert client.end_of(client.execute("backup", target=str(tmp_path / "b.qcow2"))["UUID"])["status"] == "done"
+        expected = before[: 3 * MIB] + b"\1" * (100 << 10) + before[3 * MIB + (100 << 10) :]
+        assert (server.mountpoint / ".snap" / "now" / "disk.raw").read_bytes() == expected
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+    for name in ("disk.qcow2", "b.qcow2"):
+        run("qemu-img", "check", tmp_path / name)
+        run("qemu-img", "convert", "-O", "raw", tmp_path / name, tmp_path / "raw")
+        assert (tmp_path / "raw").read_bytes() == now, name
+
+
 @pytest.mark.slow
 def test_fio_verifies_what_it_wrote_while_backups_run(image, tmp_path):
     require("fio")
