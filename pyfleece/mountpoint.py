@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 import weakref
 
 from pyfleece.errors import ImageError, from_os_error
 
 _TYPE = "fuse.pyfleece"
+_WATCH_WAIT = 3.0       # seconds
 _UNMOUNT = (["umount", "--lazy"], ["fusermount3", "-u", "-z", "-q", "--"])
 
 # Its input ends when the process that mounted has died: then nothing serves the mount any more, which `ls` notices. A
@@ -35,7 +37,8 @@ def check_mountpoint(path: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN or not _is_ours(path):
             raise from_os_error(error, f"cannot mount on {path}") from None
-        _unmount(path)
+        if not _watch_unmounts(path):
+            _unmount(path)
     try:
         entries = os.listdir(path)
     except OSError as error:
@@ -56,6 +59,18 @@ def _is_ours(path: str) -> bool:
             if before.split(" ")[4] == escaped:
                 kind = after.split(" ")[0]
     return kind == _TYPE
+
+
+def _watch_unmounts(path: str) -> bool:
+    """Wait for the dead mount to be unmounted by the process that watches it. If we did that beside it, it could take
+    what we mount next for the dead one. False: there seems to be no such process.
+    """
+    deadline = time.monotonic() + _WATCH_WAIT
+    while _is_ours(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _unmount(path: str) -> None:
