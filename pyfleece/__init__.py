@@ -19,6 +19,7 @@ from pyfleece.errors import (
     ClosedError,
     DiscardedError,
     Error,
+    FileSystemError,
     ForkedError,
     FormatError,
     FreezeError,
@@ -30,6 +31,8 @@ from pyfleece.errors import (
     SnapshotBrokenError,
     TruncatedError,
 )
+from pyfleece.extract import CopyResult
+from pyfleece.files import FileEntry, Files, Volume, files
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
 from pyfleece.image import Image, ImageInfo, create, open
 from pyfleece.progress import Bar, Progress
@@ -46,11 +49,15 @@ __all__ = [
     "Chunk",
     "Chunks",
     "ClosedError",
+    "CopyResult",
     "DirtyBitmap",
     "DiscardedError",
     "Disk",
     "Error",
     "Extent",
+    "FileEntry",
+    "FileSystemError",
+    "Files",
     "ForkedError",
     "FormatError",
     "FreezeError",
@@ -72,10 +79,12 @@ __all__ = [
     "SnapshotGroup",
     "Stats",
     "TruncatedError",
+    "Volume",
     "__version__",
     "backup",
     "backup_group",
     "create",
+    "files",
     "open",
     "snapshot_group",
 ]
