@@ -38,6 +38,14 @@ _ENDS = (SnapshotBrokenError, ClosedError, ForkedError)
 Parts = tuple[bytes, ...]                   # a path below the destination
 
 
+class _Ended(Exception):
+    """Going on makes no sense, because of `error`."""
+
+    def __init__(self, error: Error) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 @dataclass
 class CopyResult:
     """What was copied. `skipped` and `failed`: (path in the image, why)."""
@@ -80,6 +88,8 @@ def copy(
             called = name or own or os.fsencode(entry.name)
             job.run(entry, (called,) if called else ())
         return job.result
+    except _Ended as ended:
+        raise ended.error from ended.error.__cause__
     finally:
         os.close(root)
 
@@ -298,14 +308,14 @@ class _Copy:
     # ---- problems ----
 
     def _failed(self, path: str, error: Error | OSError) -> None:
-        """Note a failure to go on after, or raise it."""
+        """Note a failure to go on after, or raise `_Ended`."""
         if isinstance(error, _ENDS):
-            raise error
+            raise _Ended(error)
         if isinstance(error, Error):
             text = str(error)
         else:
             if error.errno in _HOPELESS:
-                raise from_os_error(error, f"cannot copy {path}") from error
+                raise _Ended(from_os_error(error, f"cannot copy {path}"))
             text = f"cannot make the copy: {error.strerror or error}"
         self._problem(self.result.failed, path, text)
 

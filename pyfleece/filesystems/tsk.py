@@ -25,6 +25,7 @@ TIME_LIMIT = 300.0                              # seconds for one answer, withou
 _FRAME = struct.Struct("<II")
 _MAX_FRAME = 1 << 30
 _PIECE = 4 << 20
+_LISTED, _KNOWN = 8, 10_000                     # directories and files that are remembered
 _NAMES = {"fat": "FAT", "ntfs": "NTFS", "exfat": "exFAT", "hfsplus": "HFS+", "iso9660": "ISO 9660", "ufs": "UFS"}
 
 
@@ -36,7 +37,9 @@ class TskFileSystem(FileSystem):
             )
         self.kind = kind
         self._window = window
-        self._known: dict[int, Inode] = {}      # those of the directory that was listed last
+        # What was listed lately: a path is found by listing what leads to it.
+        self._known: dict[int, Inode] = {}
+        self._listed: dict[int, list[tuple[bytes, int]]] = {}
         self._data: tuple[int, list[tuple[int, int]]] | None = None
         worker = Path(__file__).with_name("tsk_worker.py")
         # It gets our search path, so that it finds the same pytsk3, and nothing of the environment.
@@ -62,14 +65,17 @@ class TskFileSystem(FileSystem):
         return self._known[number]
 
     def names(self, directory: Inode) -> Iterator[tuple[bytes, int]]:
-        answer, _ = self._ask({"op": "list", "inode": directory.number})
-        self._known = {directory.number: directory}
-        found = []
-        for name, meta in answer["entries"]:
-            inode = _inode(meta)
-            self._known[inode.number] = inode
-            found.append((str(name).encode("latin-1"), inode.number))
-        return iter(found)
+        if directory.number not in self._listed:
+            answer, _ = self._ask({"op": "list", "inode": directory.number})
+            if len(self._listed) == _LISTED or len(self._known) > _KNOWN:
+                self._listed, self._known = {}, {}
+            found = []
+            for name, meta in answer["entries"]:
+                inode = _inode(meta)
+                self._known[inode.number] = inode
+                found.append((str(name).encode("latin-1"), inode.number))
+            self._listed[directory.number] = found
+        return iter(self._listed[directory.number])
 
     def link(self, inode: Inode) -> bytes:
         answer, _ = self._ask({"op": "link", "inode": inode.number})

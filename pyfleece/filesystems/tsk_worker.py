@@ -21,6 +21,9 @@ _FRAME = struct.Struct("<II")
 _MEMORY = 4 << 30
 _CACHE = 64
 _FILES_OF_NTFS = 24                             # $MFT and its like have numbers below
+# What The Sleuth Kit lists beside the files of FAT and exFAT.
+_LABEL = b"(Volume Label Entry)"
+_FILES_OF_EXFAT = (b"$ALLOC_BITMAP", b"$UPCASE_TABLE", b"$VOLUME_GUID", b"$TEX_FAT", b"$ACT")
 _REPARSE, _TAG_SYMLINK, _TAG_MOUNT, _TAG_LX = 192, 0xA000000C, 0xA0000003, 0xA000001D
 _TYPES = {
     "fat": pytsk3.TSK_FS_TYPE_FAT_DETECT,
@@ -100,7 +103,8 @@ class Reader:
         self._fs = pytsk3.FS_Info(self._volume, offset=0, type=_TYPES[kind])
         self.kind = _FATS.get(int(self._fs.info.ftype), kind)
         self.root = int(self._fs.info.root_inum)
-        self._ownerless = kind in ("fat", "exfat", "ntfs")
+        self._ownerless = kind in ("fat", "exfat", "ntfs", "iso9660")
+        self._fat = kind in ("fat", "exfat")
         self._ntfs = kind == "ntfs"
         self._files: dict[int, Any] = {}
 
@@ -112,6 +116,8 @@ class Reader:
                 continue                        # deleted
             if name.name in (b".", b"..") or int(meta.type) not in _MODES:
                 continue                        # or made up by The Sleuth Kit
+            if self._fat and (name.name.endswith(_LABEL) or (name.name in _FILES_OF_EXFAT and not int(meta.mtime))):
+                continue
             if self._ntfs and int(name.meta_addr) < _FILES_OF_NTFS and name.name.startswith(b"$"):
                 continue
             found.append((name.name.decode("latin-1"), self.describe(file, int(name.meta_addr))))
@@ -129,19 +135,20 @@ class Reader:
 
     def describe(self, file: Any, number: int) -> dict[str, Any]:
         meta = file.info.meta
-        kind = _MODES.get(int(meta.type))
+        kind, size = _MODES.get(int(meta.type)), max(int(meta.size), 0)
         if kind is None:
             raise Problem(f"the file system is damaged: inode {number} is of no known type")
         mode = int(meta.mode) & 0o7777
         if self._ownerless:
-            writable = mode & 0o222 or self._ntfs
+            writable = self._ntfs or (self._fat and mode & 0o222)
             mode = 0o755 if kind == stat.S_IFDIR else 0o644 if writable else 0o444
         if self._ntfs and self.reparse(file)[0] in (_TAG_SYMLINK, _TAG_MOUNT, _TAG_LX):
             kind, mode = stat.S_IFLNK, 0o777
+            size = len(self.target(number))
         return {
             "number": number,
             "mode": kind | mode,
-            "size": max(int(meta.size), 0),
+            "size": size,
             "links": max(int(meta.nlink), 0),
             "uid": None if self._ownerless else int(meta.uid),
             "gid": None if self._ownerless else int(meta.gid),
