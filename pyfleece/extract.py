@@ -143,7 +143,7 @@ class _Copy:
         where = (id(entry._filesystem), entry.stat.number)
         if where in self._seen:
             raise damaged("the directory is in more than one place")
-        if len(parts) > MAX_DEPTH:
+        if len(parts) >= MAX_DEPTH:
             raise damaged(f"directories are nested deeper than {MAX_DEPTH}")
         self._seen.add(where)
         with self._opened(parts) as directory:

@@ -163,24 +163,23 @@ class Files:
 
         `on_error` is called with a path and the exception of what can't be read; without it, the first one is raised.
         """
-        stack = [self._find(path, False)]
+        stack = [(self._find(path, False), 0)]
         seen = set()
-        top = stack[0].path.count("/")
         while stack:
-            entry = stack.pop()
+            entry, depth = stack.pop()
             yield entry
             if not entry.stat.is_directory:
                 continue
             try:
                 if entry.stat.number in seen:
                     raise damaged("the directory is in more than one place")
-                if entry.path.count("/") - top > MAX_DEPTH:
+                if depth == MAX_DEPTH:
                     raise damaged(f"directories are nested deeper than {MAX_DEPTH}")
                 seen.add(entry.stat.number)
-                found: list[FileEntry] = []
+                found: list[tuple[FileEntry, int]] = []
                 for name, child in self.entries(entry):
                     if isinstance(child, FileEntry):
-                        found.append(child)
+                        found.append((child, depth + 1))
                     elif on_error is None:
                         raise child
                     else:
@@ -284,6 +283,8 @@ class Files:
         filesystem = self.filesystem(volume)
         try:
             trail = [(b"", filesystem.inode(filesystem.root))]
+            if not trail[0][1].is_directory:
+                raise damaged("its root is not a directory")
             pending = [part for part in reversed(rest.split(b"/")) if part not in (b"", b".")]
             links = 0
             while pending:

@@ -225,11 +225,12 @@ def _cat(args: argparse.Namespace) -> None:
 
 def _cp(args: argparse.Namespace) -> int:
     with _Session(args) as session:
-        def skipped_or_failed(path: str, why: str) -> None:
-            say(printable(why if path in why else f"{path}: {why}"))
-
+        if not args.recursive:
+            for path in args.paths:
+                if session.files.stat(path).stat.is_directory:
+                    raise Failure(f"{path} is a directory: it is only copied recursively (here: -r)")
         result = session.files.copy(
-            args.paths, args.destination, recursive=args.recursive, on_problem=skipped_or_failed
+            args.paths, args.destination, recursive=args.recursive, on_problem=session.problem
         )
         return int(bool(result.failed))
 

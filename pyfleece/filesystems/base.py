@@ -52,7 +52,7 @@ class Window:
             raise FileSystemError(
                 f"the file system is damaged: it refers to {count} bytes at {offset}, beyond its end at {self.size}"
             )
-        return self._source.pread(count, self._offset + offset)
+        return self._source.pread(count, self._offset + offset) if count else b""
 
 
 @dataclass(frozen=True)

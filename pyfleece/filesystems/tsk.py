@@ -123,6 +123,8 @@ class TskFileSystem(FileSystem):
         failed: Error | None = None
         end = time.monotonic() + TIME_LIMIT
         try:
+            if self._process.returncode is not None:
+                raise ValueError(f"its reader ended with status {self._process.returncode}")
             self._send(request, b"", end)
             while True:
                 answer, data = self._receive(end)
@@ -143,6 +145,8 @@ class TskFileSystem(FileSystem):
             if isinstance(error, Error):
                 raise
             self.close()
+            if failed is not None:
+                raise failed from error
             raise FileSystemError(f"reading the file system ({self.kind}) failed: {error}") from error
         if failed is not None:
             raise failed                        # the storage's failure, whatever was made of it
@@ -156,7 +160,10 @@ class TskFileSystem(FileSystem):
         left = memoryview(_FRAME.pack(len(text), len(data)) + text + data)
         while left:
             self._wait(self._process.stdin.fileno(), select.POLLOUT, end)
-            left = left[os.write(self._process.stdin.fileno(), left) :]
+            try:
+                left = left[os.write(self._process.stdin.fileno(), left) :]
+            except BrokenPipeError:
+                raise ValueError(f"its reader ended with status {self._process.wait()}") from None
 
     def _receive(self, end: float) -> tuple[dict[str, Any], bytes]:
         text_length, data_length = _FRAME.unpack(self._take(_FRAME.size, end))

@@ -268,7 +268,7 @@ def main() -> None:
             reader, told, data = answer(reader, question)
         except Problem as error:
             told, data = {"error": str(error)}, b""
-        except (OSError, KeyError, TypeError, ValueError, struct.error, MemoryError) as error:
+        except Exception as error:              # whatever The Sleuth Kit made of it
             told, data = {"error": f"the file system is damaged: {error}"}, b""
         send(told, data)
 
