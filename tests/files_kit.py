@@ -63,6 +63,7 @@ def grow(top: Path, *, files: int = 60, seed: int = 1, special: bool = True) -> 
         os.mkfifo(top / "fifo", 0o640)
         if os.geteuid() == 0:
             os.mknod(top / "device", stat.S_IFBLK | 0o660, os.makedev(259, 70_000))
+            (top / "device").chmod(0o660)
             os.chown(top / "empty directory", 1234, 70_000)
     for place in reversed(places[1:]):
         os.utime(place, ns=(10**18, rng.randrange(2 * 10**18)))
