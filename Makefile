@@ -12,7 +12,9 @@ ARGS ?=
 demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs
 test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs qemu-img:qemu-utils losetup:mount spin:spin \
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
-    /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross
+    /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross \
+    sfdisk:fdisk mkfs.xfs:xfsprogs mkfs.vfat:dosfstools mcopy:mtools mkntfs:ntfs-3g setfattr:attr \
+    mkfs.exfat:exfatprogs mount.exfat-fuse:exfat-fuse genisoimage:genisoimage restic:restic borg:borgbackup
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.[ch] csrc/*/*.[ch])
 READY := $(VENV)/.ready

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MIB, content, missing, require, wait_for
+from files_kit import assert_same, grow, make_ext, on_disk
 
 import pyfleece
 
@@ -102,14 +103,17 @@ def test_the_recipes_are_as_short_as_they_say():
 @pytest.fixture
 def served(tmp_path) -> Iterator[tuple[Path, bytes]]:
     """A disk that is served, and written by a guest all the time; the mount point, and what the first half of the disk
-    holds, which the guest leaves alone until the first snapshot is there.
+    holds: a file system, which the guest leaves alone until the first snapshot is there.
     """
     if importlib.util.find_spec("pyfleece.commands.serve") is None:
         pytest.skip("this build has no `pyfleece serve`")
     if not os.path.exists("/dev/fuse"):
         missing("FUSE")
-    data = content(24 * MIB)
     image, mount = tmp_path / "vm.raw", tmp_path / "mnt"
+    (tmp_path / "tree").mkdir()
+    grow(tmp_path / "tree", files=30, special=False)
+    make_ext(image, tmp_path / "tree", "-t", "ext4", size=12 * MIB)
+    data = image.read_bytes() + content(12 * MIB)
     image.write_bytes(data)
     mount.mkdir()
     server = subprocess.Popen(
@@ -202,6 +206,19 @@ def test_borg_backs_up_a_live_disk(served, tmp_path):
         assert file.read(len(half)) == half
     borg("check", "--verify-data")
     recipe("borg.sh", mount, status=2, **{**settings, "BORG_REPO": os.fspath(tmp_path / "nothing")})
+
+
+def test_files_come_out_of_a_snapshot_of_the_mount(served, tmp_path):
+    """As docs/files.md has it, while the guest overwrites the file system."""
+    mount, _ = served
+    (mount / ".snap" / "now").mkdir()
+    try:
+        command = [sys.executable, "-m", "pyfleece", "cp", "-r", mount / ".snap" / "now" / "vm.raw", "/", tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+    finally:
+        (mount / ".snap" / "now").rmdir()
+    assert_same(on_disk(tmp_path / "out"), on_disk(tmp_path / "tree"), unit=10**9, plain=True)
 
 
 def test_a_backup_that_is_interrupted_leaves_no_snapshot(served, tmp_path):
