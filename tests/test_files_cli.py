@@ -160,22 +160,6 @@ def test_names_reach_a_terminal_printable(image):
     assert b"\x1b" not in out and b"\\udcff\\udcfe\\x1b[31m" in out
 
 
-def test_an_xfs_that_was_not_unmounted_is_told(tmp_path, loop_device):
-    from files_kit import mounted
-
-    require("mkfs.xfs")
-    disk, copy = tmp_path / "vm.raw", tmp_path / "copy.raw"
-    with disk.open("wb") as file:
-        file.truncate(320 * MIB)
-    run("mkfs.xfs", "-q", disk)
-    with mounted(loop_device(disk), tmp_path / "mnt") as top:
-        (top / "file").write_text("hello")
-        run("sync", "-f", top)
-        shutil.copyfile(disk, copy)
-    _, err = pyfleece("ls", copy)
-    assert "its log was not replayed" in err
-
-
 def test_formats_and_locks_are_those_of_other_commands(image, tmp_path):
     shutil.copyfile(image, tmp_path / "now.vm")
     _, err = pyfleece("ls", tmp_path / "now.vm", status=1)

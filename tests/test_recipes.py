@@ -213,7 +213,8 @@ def test_files_come_out_of_a_snapshot_of_the_mount(served, tmp_path):
     mount, _ = served
     (mount / ".snap" / "now").mkdir()
     try:
-        command = [sys.executable, "-m", "pyfleece", "cp", "-r", mount / ".snap" / "now" / "vm.raw", "/", tmp_path / "out"]
+        image = mount / ".snap" / "now" / "vm.raw"
+        command = [sys.executable, "-m", "pyfleece", "cp", "-r", image, "/", tmp_path / "out"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
     finally:

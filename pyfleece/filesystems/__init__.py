@@ -9,6 +9,7 @@ used as an offset, a length or a count, and every loop ends because of a bound t
     ext.py          ext2, ext3, ext4
     ext_journal.py  what of an ext file system is still in its journal
     xfs.py          XFS
+    xfs_log.py      what of an XFS is still in its log
     xfs_trees.py    XFS's block maps and directories
     tsk.py          everything else: by The Sleuth Kit, in a process of its own (tsk_worker.py)
 """

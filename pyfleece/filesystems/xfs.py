@@ -1,6 +1,4 @@
-"""XFS, versions 4 and 5. Checksums are not checked, and the log is not replayed: `warning` tells when it holds
-anything.
-"""
+"""XFS, versions 4 and 5, with what is still in its log. Checksums are not checked."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 from pyfleece.errors import FileSystemError
 from pyfleece.filesystems import xfs_trees
 from pyfleece.filesystems.base import MAX_DIRECTORY, MAX_LINK, Inode, MappedFileSystem, Run, Window, damaged
+from pyfleece.filesystems.xfs_log import Log
 
 _FILETYPE, _SPARSE_INODES, _META_UUID, _BIGTIME, _NEEDS_REPAIR, _NREXT64 = 0x1, 0x2, 0x4, 0x8, 0x10, 0x20
 _EXCHANGE, _PARENT, _METADIR = 0x40, 0x80, 0x100
@@ -21,11 +20,6 @@ _KNOWN = (
 _V4_FILETYPE, _V4_DIRECTORIES_2 = 0x200, 0x2000
 _DEV, _LOCAL, _EXTENTS, _BTREE = 0, 1, 2, 3
 _REALTIME, _INODE_BIGTIME, _INODE_NREXT64 = 0x1, 0x8, 0x10
-_LOG_MAGIC, _UNMOUNT = b"\xfe\xed\xba\xbe", 0x20
-_NOT_REPLAYED = (
-    "it was not unmounted, and its log was not replayed: unless it was frozen at that time, changes of the last minutes"
-    " may be missing, and files of that time may hold anything"
-)
 
 
 class Xfs(MappedFileSystem):
@@ -37,7 +31,23 @@ class Xfs(MappedFileSystem):
 
     def __init__(self, window: Window) -> None:
         super().__init__(window)
-        block = window.pread(512, 0)
+        self._log: Log | None = None
+        self._last_raw: tuple[int, bytes] | None = None
+        log_start, log_blocks = self._read_superblock()
+        if not log_start:
+            self.warning = "its log is on another device and was not replayed: recent changes may be missing"
+            return
+        try:
+            place, size = self.place(log_start), log_blocks * self._block
+            self._log = Log(window, place, size, self.version, self._inode_size)
+        except FileSystemError as error:
+            self.warning = f"its log could not be replayed, so recent changes may be missing: {error}"
+            return
+        self._read_superblock()             # it may be in the log, too
+
+    def _read_superblock(self) -> tuple[int, int]:
+        """Returns the first block and the number of blocks of the log."""
+        block = self.read_place(512, 0)
         if block[:4] != b"XFSB":
             raise damaged("it has no XFS superblock")
         self._block, blocks = struct.unpack_from(">IQ", block, 4)
@@ -63,17 +73,17 @@ class Xfs(MappedFileSystem):
         )  # fmt: skip
         if not sound:
             raise damaged("its superblock makes no sense")
-        if blocks * self._block > window.size:
-            raise damaged(f"it has {blocks * self._block} bytes, and its volume only {window.size}")
+        if blocks * self._block > self.window.size:
+            raise damaged(f"it has {blocks * self._block} bytes, and its volume only {self.window.size}")
         self.label = block[108:120].partition(b"\0")[0].decode("utf-8", "replace") or None
         self.uuid = str(uuid.UUID(bytes=block[32:48]))
         self._directory_block = self._block << log_directory
         self._with_type = bool(incompatible & _FILETYPE if self.version == 5 else features_2 & _V4_FILETYPE)
-        self._last_raw: tuple[int, bytes] | None = None
-        if not log_start:
-            self.warning = "its log is on another device: recent changes may be missing"
-        elif not self._log_is_clean(self.place(log_start), log_blocks * self._block):
-            self.warning = _NOT_REPLAYED
+        return log_start, log_blocks
+
+    def read_place(self, count: int, place: int) -> bytes:
+        data = self.window.pread(count, place)
+        return data if self._log is None else self._log.over(data, place)
 
     def place(self, block: int) -> int:
         """Where a block of the file system is, in bytes. Its number has the group in its upper bits."""
@@ -83,7 +93,7 @@ class Xfs(MappedFileSystem):
         return (group * self._group_blocks + inside) * self._block
 
     def read_block(self, block: int) -> bytes:
-        return self.window.pread(self._block, self.place(block))
+        return self.read_place(self._block, self.place(block))
 
     # ---- inodes ----
 
@@ -114,7 +124,7 @@ class Xfs(MappedFileSystem):
         if self._last_raw is None or self._last_raw[0] != number:
             place = self.place(number >> self._log_per_block)
             place += (number & (1 << self._log_per_block) - 1) * self._inode_size
-            raw = self.window.pread(self._inode_size, place)
+            raw = self.read_place(self._inode_size, place)
             if raw[:2] != b"IN" or not 1 <= raw[4] <= 3:
                 raise damaged(f"there is no inode {number}")
             if raw[4] == 3 and struct.unpack_from(">Q", raw, 152)[0] != number:
@@ -190,37 +200,4 @@ class Xfs(MappedFileSystem):
             return inline
         if self.version == 4:
             return self.pread(inode, inode.size, 0)
-        return xfs_trees.remote_link(self.window.pread, self._mapping(inode)[0], inode.size)
-
-    # ---- the log ----
-
-    def _log_is_clean(self, start: int, size: int) -> bool:
-        """Whether the last thing in the log says that the file system was unmounted."""
-        sectors = size // 512
-
-        def cycle(sector: int) -> int:
-            """Each sector starts with the number of the round in which it was written."""
-            head = self.window.pread(8, start + sector * 512)
-            return int.from_bytes(head[4:8] if head[:4] == _LOG_MAGIC else head[:4], "big")
-
-        if sectors < 2 or start + size > self.window.size:
-            raise damaged("its log is not on the volume")
-        # The log is written round and round: its head is where the number changes.
-        first = cycle(0)
-        low, high = 0, sectors
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cycle(middle) == first else (low, middle)
-        head = high
-        for back in range(1, min(sectors, 1024) + 1):
-            sector = (head - back) % sectors
-            header = self.window.pread(512, start + sector * 512)
-            if header[:4] == _LOG_MAGIC:
-                operations, = struct.unpack_from(">I", header, 40)
-                version, = struct.unpack_from(">I", header, 8)
-                # A large record has more sectors of header, one for each 32 KiB.
-                headers = max(struct.unpack_from(">I", header, 320)[0] >> 15, 1) if version & 2 else 1
-                operation = self.window.pread(12, start + (sector + headers) % sectors * 512)
-                return operations == 1 and bool(operation[9] & _UNMOUNT)
-        return False
-
+        return xfs_trees.remote_link(self.read_place, self._mapping(inode)[0], inode.size)

@@ -59,6 +59,22 @@ def _pointers(node: bytes, header: int, count: int) -> tuple[int, ...]:
     return struct.unpack_from(f">{count}Q", node, header + 8 * room)
 
 
+def root_from_log(data: bytes, fork: int, version: int) -> bytes:
+    """The root of a tree as it is logged, with the header that other nodes have, made what it is in an inode whose data
+    fork has `fork` bytes.
+    """
+    header = 72 if version == 5 else 24
+    if len(data) < header:
+        raise damaged("its log makes no sense")
+    count, = struct.unpack_from(">H", data, 6)
+    pointers = struct.pack(f">{count}Q", *_pointers(data, header, count))
+    room = (fork - 4) // 16
+    if count > room:
+        raise damaged("its log makes no sense")
+    keys = data[header : header + 8 * count]
+    return data[4:8] + keys.ljust(8 * room, b"\0") + pointers
+
+
 # ---- directories ----
 
 
