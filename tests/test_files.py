@@ -13,11 +13,9 @@ from pathlib import Path
 import files_kit
 import pytest
 from conftest import MIB, missing, require, run
-from files_kit import BAD_NAME, assert_same, grow, inside, make_ext, mounted, on_disk
+from files_kit import BAD_NAME, assert_same, grow, inside, make_ext, mounted, on_disk, power_failure
 
 import pyfleece
-from pyfleece.filesystems.ext import Ext
-from pyfleece.filesystems.xfs import Xfs
 
 SECOND = 10**9
 
@@ -193,69 +191,78 @@ def test_iso_9660_is_read(tmp_path):
 # ---- what is only in the journal ----
 
 
-@pytest.mark.parametrize("options", ["", "-b 1024 -O ^metadata_csum,^64bit", "-O ^metadata_csum -J size=4"])
-def test_changes_that_are_only_in_the_journal_are_read(tmp_path, loop_device, options):
-    """As the kernel reads a copy of a live disk after it replayed the journal, blocks that were freed and used again
-    for data included.
-    """
-    image, copy = tmp_path / "vm.raw", tmp_path / "copy.raw"
-    make_ext(image, None, "-t", "ext4", *options.split(), size=128 * MIB)
-    with mounted(loop_device(image), tmp_path / "mnt") as top:
-        for number in range(8):
-            (top / f"round{number}").mkdir()
-            grow(top / f"round{number}", files=60, seed=number)
-            run("sync", "-f", top)
-            if number % 2:
-                shutil.rmtree(top / f"round{number - 1}")
-                (top / f"data{number}").write_bytes(os.urandom(3 * MIB))
-                run("sync", "-f", top)
-        shutil.copyfile(image, copy)
-    with pyfleece.files(copy) as files:
-        filesystem = files.filesystem(files.volumes[0])
-        assert isinstance(filesystem, Ext) and filesystem._journal is not None
-        assert filesystem._journal._places, "the test had nothing to replay"
-        found = inside(files)
-        assert filesystem.warning is None
-    with mounted(loop_device(copy), tmp_path / "mnt") as top:
-        assert_same(found, on_disk(top))
+def change_a_lot(top: Path, number: int, *, preallocate: bool = True) -> None:
+    """A round of changes: new files, and blocks that are freed and used again, for other things."""
+    place = top / f"round{number}"
+    place.mkdir()
+    grow(place, files=60, seed=number)
+    fill_strangely(place, preallocate=preallocate)
+    if number:
+        run("sync", "-f", top)
+        shutil.rmtree(top / f"round{number - 1}")
+        (top / f"data{number}").write_bytes(os.urandom(3 * MIB))
+        for path in list((place / "many").iterdir())[::3]:
+            path.unlink()
+        os.rename(place / "many", top / f"many{number}")
+        os.truncate(place / "fragments", 4_000_000)
 
 
-@pytest.mark.parametrize("options", ["", "-b size=1024 -n size=4096 -i size=512 -m reflink=0"])
-def test_changes_that_are_only_in_the_log_of_xfs_are_read(tmp_path, loop_device, options):
-    """As the kernel reads a copy of a live disk after it replayed the log: short and long directories, maps in the inode
-    and in trees, blocks that were freed and used again, all of it in a log that goes round.
+def replay_beside_the_kernel(
+    image: Path, device: str, place: Path, changed, *, rounds: int = 3, turns: int = 0
+) -> None:
+    """Let the power fail in the middle of changes; what we read then is what the kernel finds after its replay.
+    `changed(filesystem)`: how much there was to replay. `turns`: how often inodes are changed to fill the log.
     """
-    require("mkfs.xfs")
-    image, copy = tmp_path / "vm.raw", tmp_path / "copy.raw"
-    with image.open("wb") as file:
-        file.truncate(320 * MIB)
-    run("mkfs.xfs", "-q", *options.split(), image)
-    first, second = loop_device(image), None
+    found: dict[str, files_kit.Record] | None = None
     replayed = 0
-    with mounted(first, tmp_path / "mnt") as top:
-        for number in range(6):
-            place = top / f"round{number}"
-            place.mkdir()
-            grow(place, files=60, seed=number)
-            if number in (2, 4):
-                fill_strangely(place)
-                shutil.rmtree(top / f"round{number - 1}")
-                (top / f"data{number}").write_bytes(os.urandom(3 * MIB))
-                for path in list((place / "many").iterdir())[::3]:
-                    path.unlink()
-                os.rename(place / "many", top / f"many{number}")
-                os.truncate(place / "fragments", 4_000_000)
+    for number in range(rounds):
+        with mounted(device, place) as top:
+            if found is not None:
+                assert_same(found, on_disk(top))
+            change_a_lot(top, number, preallocate="ext3" not in os.fspath(image))
+            for turn in range(turns):
+                for path in sorted(top.glob("**/n*"))[turn % 2 :: 2]:
+                    os.utime(path, ns=(turn, turn))
+                run("sync", "-f", top)
             run("sync", "-f", top)
-            shutil.copyfile(image, copy)
-            with pyfleece.files(copy) as files:
-                found = inside(files)
-                filesystem = files.filesystem(files.volumes[0])
-                assert isinstance(filesystem, Xfs) and filesystem.warning is None
-                replayed += len(filesystem._log._changed)
-            second = loop_device(copy)
-            with mounted(second, tmp_path / "replayed", "mount", "-o", "nouuid") as kernel:
-                assert_same(found, on_disk(kernel))
+            (top / "last thing").write_text(str(number))
+            power_failure(top, flush=number != 1)
+        with pyfleece.files(image) as files:
+            found = inside(files)
+            filesystem = files.filesystem(files.volumes[0])
+            assert filesystem.warning is None
+            replayed += changed(filesystem)
+    with mounted(device, place) as top:
+        assert_same(found, on_disk(top))
     assert replayed, "the test had nothing to replay"
+
+
+@pytest.mark.parametrize(
+    "options", ["-t ext4 -b 1024 -O ^metadata_csum,^64bit", "-t ext4 -J size=4", "-t ext3"]
+)
+def test_changes_that_are_only_in_the_journal_are_read(tmp_path, loop_device, options):
+    """The smallest journal there can be goes round."""
+    image = tmp_path / f"{options.split()[1]}.raw"
+    make_ext(image, None, *options.split(), "-I", "256", size=128 * MIB)
+    replay_beside_the_kernel(image, loop_device(image), tmp_path / "mnt", lambda ext: len(ext._journal._places))
+
+
+@pytest.mark.parametrize("options", ["-l size=8m", "-l size=5m -b size=1024 -n size=4096 -i size=512 -m reflink=0"])
+def test_changes_that_are_only_in_the_log_of_xfs_are_read(tmp_path, loop_device, options):
+    """In a log that is small enough to go round; mkfs.xfs makes such ones for tests of XFS only."""
+    require("mkfs.xfs")
+    image = tmp_path / "xfs.raw"
+    with image.open("wb") as file:
+        file.truncate(200 * MIB)
+    run("env", "TEST_DIR=x", "TEST_DEV=x", "QA_CHECK_FS=x", "mkfs.xfs", "-q", *options.split(), image)
+    rounds = set()
+
+    def changed(xfs) -> int:
+        rounds.update({xfs._log._read(at, 1)[:4] for at in range(100)} - {b"\xfe\xed\xba\xbe"})
+        return len(xfs._log._changed)
+
+    replay_beside_the_kernel(image, loop_device(image), tmp_path / "mnt", changed, turns=12)
+    assert len(rounds) > 1, "it did not go round"
 
 
 # ---- snapshots ----

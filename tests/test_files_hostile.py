@@ -14,7 +14,7 @@ from pathlib import Path
 import files_kit
 import pytest
 from conftest import MIB, missing, require, run
-from files_kit import make_ext, mounted
+from files_kit import make_ext, mounted, power_failure
 
 import pyfleece
 from pyfleece.filesystems import tsk
@@ -371,7 +371,9 @@ def test_noise_in_what_the_sleuth_kit_reads(small_tree, tmp_path, place, kind):
     noise(image, metadata(image, small_tree), place, 12)
 
 
-def test_noise_in_xfs(small_tree, tmp_path, place, loop_device):
+@pytest.mark.parametrize("unmounted", [True, False])
+def test_noise_in_xfs(small_tree, tmp_path, place, loop_device, unmounted):
+    """In its log as well, where the power failed."""
     require("mkfs.xfs")
     image = tmp_path / "vm.raw"
     with image.open("wb") as file:
@@ -386,7 +388,9 @@ def test_noise_in_xfs(small_tree, tmp_path, place, loop_device):
             for number in range(400):
                 file.seek(number * 8192)
                 file.write(b"x" * 4096)
-    noise(image, metadata(image, small_tree), place, 15)
+        if not unmounted:
+            power_failure(top, flush=True)
+    noise(image, metadata(image, small_tree), place, 10)
 
 
 # ---- the other process ----
@@ -416,9 +420,9 @@ def test_a_reader_that_crashes_is_an_error(fat, no_leaks):
 
 
 def test_a_reader_that_hangs_is_ended(fat, monkeypatch, no_leaks):
-    monkeypatch.setattr(tsk, "TIME_LIMIT", 0.2)
     with pyfleece.files(fat) as files:
         filesystem = files.filesystem(files.volumes[0])
+        monkeypatch.setattr(tsk, "TIME_LIMIT", 0.2)
         os.kill(filesystem._process.pid, signal.SIGSTOP)
         with pytest.raises(pyfleece.FileSystemError, match=r"no answer within 0\.2 s"):
             files.stat("/file")
