@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import struct
 import threading
 import time
@@ -108,6 +109,35 @@ def test_xfs_is_read(tmp_path, loop_device, options):
         assert_same(inside(files), wanted)
         filesystem = files.filesystem(files.volumes[0])
         assert (filesystem.kind, filesystem.label, filesystem.warning) == ("xfs", "data", None)
+
+
+@pytest.mark.parametrize("options", ["-m crc=0", "-m crc=0 -b size=1024 -n size=4096,ftype=0", ""])
+def test_xfs_that_mkfs_filled_is_read(tmp_path, options):
+    """Version 4 as well, which kernels do not mount any more."""
+    require("mkfs.xfs")
+    content = {f"file{number}": os.urandom(number * 777) for number in range(150)}
+    lines = ["/", "0 0", "d--755 0 0", "link l--777 5 6 dir/file3", f"long l--777 0 0 {'x' * 600}", "dir d--750 1 2"]
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+        lines.append(f"{name} ---640 3 4 {tmp_path / name}")
+    (tmp_path / "prototype").write_text("\n".join([*lines, "fifo p--600 0 0", "$", "$", ""]))
+    image = tmp_path / "vm.raw"
+    with image.open("wb") as file:
+        file.truncate(320 * MIB)
+    run("mkfs.xfs", "-q", *options.split(), "-p", tmp_path / "prototype", image)
+    with pyfleece.files(image) as files:
+        filesystem = files.filesystem(files.volumes[0])
+        assert filesystem.version == (4 if "crc=0" in options else 5)
+        assert filesystem.warning is None
+        found = inside(files)
+        assert {path: record.owner for path, record in found.items() if record.owner != (3, 4)} == {
+            "/link": (5, 6), "/long": (0, 0), "/dir": (1, 2), "/dir/fifo": (0, 0)
+        }  # fmt: skip
+        assert found["/long"].content == "x" * 600
+        assert found["/dir/fifo"].mode == stat.S_IFIFO | 0o600
+        for name, data in content.items():
+            assert files.open(f"/dir/{name}").read() == data
+        assert files.open("/link").read() == content["file3"]
 
 
 @pytest.mark.parametrize(("bits", "size"), [(12, 12), (16, 64), (32, 300)])
