@@ -116,7 +116,8 @@ def test_xfs_that_mkfs_filled_is_read(tmp_path, options):
     """Version 4 as well, which kernels do not mount any more."""
     require("mkfs.xfs")
     content = {f"file{number}": os.urandom(number * 777) for number in range(150)}
-    lines = ["/", "0 0", "d--755 0 0", "link l--777 5 6 dir/file3", f"long l--777 0 0 {'x' * 600}", "dir d--750 1 2"]
+    long = "x" * (600 if "crc=0" in options else 100)       # mkfs.xfs 6.1 forgets the header of longer ones in version 5
+    lines = ["/", "0 0", "d--755 0 0", "link l--777 5 6 dir/file3", f"long l--777 0 0 {long}", "dir d--750 1 2"]
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
         lines.append(f"{name} ---640 3 4 {tmp_path / name}")
@@ -133,7 +134,7 @@ def test_xfs_that_mkfs_filled_is_read(tmp_path, options):
         assert {path: record.owner for path, record in found.items() if record.owner != (3, 4)} == {
             "/link": (5, 6), "/long": (0, 0), "/dir": (1, 2), "/dir/fifo": (0, 0)
         }  # fmt: skip
-        assert found["/long"].content == "x" * 600
+        assert found["/long"].content == long
         assert found["/dir/fifo"].mode == stat.S_IFIFO | 0o600
         for name, data in content.items():
             assert files.open(f"/dir/{name}").read() == data
