@@ -9,8 +9,8 @@ VENV ?= .venv
 ARGS ?=
 
 # Command or file, and the Debian package that has it.
-demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs
-test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs qemu-img:qemu-utils losetup:mount spin:spin \
+demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev
+test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev qemu-img:qemu-utils losetup:mount spin:spin \
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
     /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross \
     sfdisk:fdisk mkfs.xfs:xfsprogs mkfs.vfat:dosfstools mcopy:mtools mkntfs:ntfs-3g setfattr:attr \

@@ -248,12 +248,22 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
     job->cluster_size = fl_snapshot_cluster_size(job->snapshot);
     job->total = snapshot_total(job->snapshot);
     job->granularity = options->granularity ? options->granularity : MAX(DEFAULT_GRANULARITY, job->cluster_size);
+    if (!options->granularity && job->copies && job->target->ops->write_compressed)
+        job->granularity = MAX(job->granularity, job->target->cluster_size);    /* qcow2: whole clusters need no copy-on-write; powers of two */
     job->discard = options->discard;
     job->target_is_zero = options->target_is_zero;
     job->skip_lost = options->skip_lost;
+    job->compress = options->compress;
+    job->on_piece = options->on_piece;
+    job->piece_context = options->piece_context;
     if (job->granularity % job->cluster_size || job->granularity > MAX_GRANULARITY)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "a granularity of %llu bytes is not a multiple of the cluster size, %u, up to 1 GiB",
                     (unsigned long long)job->granularity, job->cluster_size);
+    if (job->compress && !job->copies)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "only a target that is an image can be compressed");
+    if (job->compress && job->granularity % job->target->cluster_size)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "a granularity of %llu bytes is not a multiple of the target's cluster size, %u, as compression needs",
+                    (unsigned long long)job->granularity, job->target->cluster_size);
     if (options->workers > MAX_WORKERS)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "%u workers are too many; the most is %d", options->workers, MAX_WORKERS);
 
@@ -272,6 +282,9 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
 
 static int check_target(const fl_backup *job, const fl_image *target, fl_error *error)
 {
+    if (job->compress && !target->ops->write_compressed)
+        return fail(error, EOPNOTSUPP, FL_SIDE_TARGET, 0, 0, "the target %s cannot be compressed: its format, %s, has no compression",
+                    target->name, target->ops->format);
     if (!target->writable)
         return fail(error, EROFS, FL_SIDE_TARGET, 0, 0, "the target %s is not open for writing", target->name);
     if (target->size < job->size)

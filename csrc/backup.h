@@ -49,6 +49,7 @@ struct worker {
     unsigned char *buffer;      /* one granularity; copy mode: its own, fixed; chunks mode: the piece of work's, or NULL */
     struct item *item;          /* chunks mode: the piece of work's place in the queue */
     uint64_t data_start, data_end;      /* chunks mode: data in the buffer that is not a chunk yet; empty if equal */
+    uint64_t run_start, run_end;        /* compressing: what is in the buffer and not written yet; empty if equal */
     uint64_t zero_step;         /* copy mode: bytes that the target zeroes in a moment, as far as we know */
 };
 
@@ -93,7 +94,9 @@ struct fl_backup {
     /* fixed after creation */
     uint64_t size, total, granularity, started_ns;
     uint32_t cluster_size, planned;             /* planned: the most workers there will be */
-    bool discard, target_is_zero, skip_lost;
+    int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);     /* or NULL */
+    uint64_t piece_context;
+    bool discard, target_is_zero, skip_lost, compress;
     bool copies;                /* there is a target; else chunks mode */
     unsigned char *memory;      /* all buffers */
     size_t memory_size;
@@ -161,8 +164,10 @@ int work_read(struct worker *worker, const struct work *work, fl_error *error);
 /* ---- backup_copy.c, backup_chunks.c ---- */
 
 void copy_loop(struct worker *worker);          /* until there is nothing left to do */
-/* `data` is what the part holds if it is FL_DATA. kind is FL_DATA or FL_ZERO. */
-int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, const unsigned char *data, fl_error *error);
+/* `data` is the part's place in the worker's buffer, and what it holds if it is FL_DATA; NULL: the piece of work has no buffer. kind is FL_DATA
+   or FL_ZERO. */
+int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, unsigned char *data, fl_error *error);
+int part_copy_end(struct worker *worker, fl_error *error);      /* the piece of work ends: write what still waits for its neighbours */
 
 int chunks_init(fl_backup *job, uint32_t buffers);              /* 0 or -ENOMEM; `memory` is there */
 void chunks_destroy(fl_backup *job);

@@ -7,6 +7,10 @@
  * Zeros are looked for in blocks of 4 KiB. A target that reads as zeros is not written there, so that it ends sparse; on others long
  * runs are zeroed, which may free space, and short ones are written along with the data around them. Ranges that are not copied (lost,
  * discarded by others, outside the bitmap) are left alone: the target keeps there what it has.
+ *
+ * A target that compresses does so in whole clusters of its own. So the parts of a piece of work are put together in the worker's buffer first,
+ * zeros included, into runs without gaps; the whole clusters of a run are written compressed, by as many workers at once as there are, and
+ * what sticks out at its ends is written as it is.
  */
 #define _GNU_SOURCE
 #include "backup.h"
@@ -101,13 +105,72 @@ static int copy_data(struct worker *worker, const unsigned char *data, uint64_t 
     return 0;
 }
 
-int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, const unsigned char *data, fl_error *error)
+/* One whole cluster of the target, or its short last one. */
+static int write_compressed(struct worker *worker, const unsigned char *data, uint64_t offset, uint64_t length, fl_error *error)
 {
+    fl_backup *job = worker->job;
+    bool zero = is_zero(data, length);
+    int rc;
+    if (must_stop(job))
+        return fail(error, FL_ECANCELLED, FL_SIDE_NONE, offset, length, "the backup job ends");
+    if (zero)
+        rc = zero_target(worker, offset, length, error);
+    else if ((rc = image_write_compressed(job->target, data, length, offset, error)) != 0)
+        error->side = FL_SIDE_TARGET;
+    if (rc == 0)
+        count_part(job, zero ? &job->zero_bytes : &job->data_bytes, MIN(length, job->size - offset));
+    return rc;
+}
+
+/* Write the run that is in the buffer. The granularity is a multiple of the target's clusters, so none of them goes beyond the buffer. */
+static int write_run(struct worker *worker, fl_error *error)
+{
+    fl_backup *job = worker->job;
+    const uint64_t cluster = job->target->cluster_size, start = worker->run_start, end = worker->run_end;
+    unsigned char *const base = worker->buffer - align_down(start, job->granularity);
+    uint64_t first = MIN(align_up(start, cluster), end), last = MAX(align_down(end, cluster), first);
+    int rc = 0;
+    worker->run_start = worker->run_end = 0;
+    if (end == job->size && last < end && end <= job->target->size && align_up(end, cluster) >= job->target->size) {
+        memset(base + end, 0, job->target->size - end);         /* the image's last cluster; it is rounded up to sectors */
+        last = end;
+    }
+    if (first > start)
+        rc = copy_data(worker, base + start, start, first - start, error);
+    for (uint64_t at = first; at < last && rc == 0; at += cluster)
+        rc = write_compressed(worker, base + at, at, MIN(cluster, job->target->size - at), error);
+    if (rc == 0 && end > last)
+        rc = copy_data(worker, base + last, last, end - last, error);
+    return rc;
+}
+
+int part_copy_end(struct worker *worker, fl_error *error)
+{
+    return worker->run_start < worker->run_end ? write_run(worker, error) : 0;
+}
+
+int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, unsigned char *data, fl_error *error)
+{
+    fl_backup *job = worker->job;
+    int rc;
+    if (job->on_piece && (must_stop(job) || job->on_piece(job->piece_context, offset, length, kind == FL_DATA ? data : NULL)))
+        return fail(error, FL_ECANCELLED, FL_SIDE_NONE, offset, length, "the backup job ends");
+    if (job->compress && data) {
+        if (worker->run_end != offset) {
+            if ((rc = part_copy_end(worker, error)) != 0)
+                return rc;
+            worker->run_start = offset;
+        }
+        if (kind == FL_ZERO)
+            memset(data, 0, length);
+        worker->run_end = offset + length;
+        return 0;
+    }
     if (kind == FL_DATA)
         return copy_data(worker, data, offset, length, error);
-    int rc = zero_target(worker, offset, length, error);
+    rc = zero_target(worker, offset, length, error);
     if (rc == 0)
-        count_part(worker->job, &worker->job->zero_bytes, length);
+        count_part(job, &job->zero_bytes, length);
     return rc;
 }
 

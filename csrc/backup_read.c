@@ -98,7 +98,7 @@ static int part_unreadable(fl_backup *job, int kind, uint64_t offset, uint64_t l
     }
 }
 
-static int part(struct worker *worker, int kind, uint64_t offset, uint64_t length, const unsigned char *data, fl_error *error)
+static int part(struct worker *worker, int kind, uint64_t offset, uint64_t length, unsigned char *data, fl_error *error)
 {
     if (kind != FL_DATA && kind != FL_ZERO)
         return part_unreadable(worker->job, kind, offset, length, error);
@@ -150,5 +150,5 @@ int work_read(struct worker *worker, const struct work *work, fl_error *error)
             return rc;
         at += length;
     }
-    return 0;
+    return job->copies ? part_copy_end(worker, error) : 0;
 }

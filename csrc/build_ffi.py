@@ -1,14 +1,18 @@
 """Build the extension module `pyfleece._native` with cffi, in API mode.
 
-The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. The
-only thing that is added is the callback through which a waiting C call asks Python whether to go on (see
-`fl_set_interrupt`).
+The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. Only two
+callbacks are added: a waiting C call asks Python whether to go on (see `fl_set_interrupt`), and
+the threads of a backup show what they copy (`on_piece`).
 
 setup.py runs this file through `cffi_modules`, with the project's root as the working directory.
 """
 
 import glob
 import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
 
 from cffi import FFI
 
@@ -34,8 +38,41 @@ def declarations():
     return body
 
 
+# Libraries that are used where this system has them: macro, library, header, and a function of it.
+OPTIONAL = (
+    ("FL_HAVE_ZLIB", "z", "zlib.h", "zlibVersion"),
+    ("FL_HAVE_ZSTD", "zstd", "zstd.h", "ZSTD_versionNumber"),
+)
+
+
+def is_there(library, header, function):
+    """Can a program be compiled and linked with it, by the compiler that builds the extension?"""
+    words = " ".join(os.environ.get(name) or sysconfig.get_config_var(name) or "" for name in ("CC", "CFLAGS"))
+    linking = os.environ.get("LDFLAGS", "").split()
+    with tempfile.TemporaryDirectory() as directory:
+        source = os.path.join(directory, "probe.c")
+        with open(source, "w", encoding="utf-8") as file:
+            file.write(f"#include <{header}>\nint main(void) {{ return {function}() == 0; }}\n")
+        command = [*words.split(), "-o", os.path.join(directory, "probe"), source, *linking, f"-l{library}"]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            return False
+
+
+found = [(macro, library) for macro, library, *rest in OPTIONAL if is_there(library, *rest)]
+for macro, library, *_ in OPTIONAL:
+    if (macro, library) not in found:
+        print(f"build_ffi: no lib{library} here: images that need it will be refused", file=sys.stderr)
+
 ffi = FFI()
-ffi.cdef(declarations() + '\nextern "Python" int pyfleece_interrupt(void);\n')
+ffi.cdef(
+    declarations()
+    + """
+    extern "Python" int pyfleece_interrupt(void);
+    extern "Python" int pyfleece_piece(uint64_t, uint64_t, uint64_t, const void *);
+    """
+)
 ffi.set_source(
     "pyfleece._native",
     '#include "fleece.h"',
@@ -44,6 +81,8 @@ ffi.set_source(
     depends=find(HEADERS),
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"],
     extra_link_args=["-pthread"],
+    define_macros=[(macro, None) for macro, _ in found],
+    libraries=[library for _, library in found],
     # One build for every CPython from 3.9 on; cffi turns it off where it cannot be (free threading).
     py_limited_api=True,
 )

@@ -35,7 +35,8 @@ enum fl_code {                  /* beyond errno's range; returned negated */
     FL_ECANCELLED,              /* the job was cancelled */
     FL_EINTERRUPTED,            /* the interrupt hook asked to stop waiting; nothing was changed by the part that waited */
     FL_EEND,                    /* no more chunks */
-    FL_ERUNNING                 /* not done within the timeout (-ETIMEDOUT would be what some storage answered) */
+    FL_ERUNNING,                /* not done within the timeout (-ETIMEDOUT would be what some storage answered) */
+    FL_EINCONSISTENT            /* the dirty bitmap may miss writes: only a full backup is a backup */
 };
 
 enum fl_side { FL_SIDE_NONE, FL_SIDE_SOURCE, FL_SIDE_FLEECING, FL_SIDE_TARGET };
@@ -45,7 +46,7 @@ typedef struct fl_error {
     int cause;                  /* positive errno or FL_E... code of the first failure behind it; 0 when there is none */
     int side;                   /* enum fl_side: where that failure was */
     uint64_t offset, length;    /* the range that it was about */
-    char text[400];             /* a sentence for people, with the name of the file; not ended by a full stop */
+    char text[700];             /* a sentence for people, with the name of the file; not ended by a full stop */
 } fl_error;
 
 /* A short name for a code or errno, never NULL. */
@@ -70,10 +71,19 @@ typedef struct fl_extent { uint64_t offset, length; int kind; } fl_extent;
 typedef struct fl_image fl_image;
 
 typedef struct fl_image_options {
-    const char *format;         /* "raw"; never NULL: nothing is guessed */
+    const char *format;         /* "raw" or "qcow2"; never NULL: nothing is guessed */
     int writable;
     int direct;                 /* O_DIRECT; buffers, offsets and lengths may be unaligned all the same */
     int share;                  /* take no lock: another program may have it open for writing */
+    uint64_t cache_size;        /* qcow2: the most bytes that its tables may take in memory, for each image of a chain; 0: the default */
+    /* Backing files are opened below this directory only, symbolic links resolved. NULL: the directory of the image that names them; "/":
+       anywhere; "-": never. Always read-only, and only with a format that the image tells. */
+    const char *backing_root;
+    /* of fl_image_create only, and for qcow2 only */
+    uint32_t cluster_size;      /* a power of two, 512 bytes to 2 MiB; 0: 64 KiB */
+    const char *backing;        /* what the image shall say: a relative path is relative to the image's directory. NULL: none */
+    const char *backing_format; /* with backing: "raw" or "qcow2" */
+    const char *compression;    /* of clusters that are written compressed: "zlib" or "zstd"; NULL: zlib */
 } fl_image_options;
 
 typedef struct fl_image_info {
@@ -83,7 +93,47 @@ typedef struct fl_image_info {
     uint32_t alignment;         /* what the storage asks of offsets and lengths: 1 when buffered */
     int block_device, writable, direct;
     char format[16];
+    /* what only some formats have, else 0 and "" */
+    uint32_t version;           /* qcow2: 2 or 3 */
+    uint32_t refcount_bits;
+    int dirty, corrupt, lazy_refcounts;         /* as the file says */
+    char compression[8];        /* of compressed clusters */
+    char backing[1024], backing_format[16];     /* as the image tells; "": none */
+    uint32_t snapshots, bitmaps;                /* how many fl_image_snapshots and fl_image_bitmaps list */
 } fl_image_info;
+
+/* A snapshot inside of an image, made by another program. They are kept as they are: nothing here makes, reads or removes one. */
+typedef struct fl_internal_snapshot {
+    char id[128], name[256];    /* longer ones are cut */
+    uint64_t size;              /* of the disk then; 0: not told, it is as the image's */
+    uint64_t vm_state_size;     /* bytes */
+    uint64_t date_ns;           /* since 1970 */
+    uint64_t vm_clock_ns;
+    uint64_t icount;            /* UINT64_MAX: not told */
+} fl_internal_snapshot;
+
+/* A dirty bitmap stored in an image. */
+typedef struct fl_persistent_bitmap {
+    char name[1024];
+    uint64_t granularity;       /* bytes */
+    int in_use;                 /* not closed properly: it is not to be trusted */
+    int enabled;                /* whoever writes the image must keep it up to date ("auto") */
+    int extra;                  /* it has extra data of an unknown kind */
+} fl_persistent_bitmap;
+
+enum fl_map_flags {
+    FL_MAP_DATA = 1,            /* may hold anything */
+    FL_MAP_ZERO = 2,            /* reads as zeros */
+    FL_MAP_ALLOCATED = 4,       /* an image of the chain says what is here: `depth` tells which; else nobody does, and it reads as zeros */
+    FL_MAP_COMPRESSED = 8,
+    FL_MAP_OFFSET = 16          /* the bytes are in that image's file, at `host_offset` */
+};
+
+typedef struct fl_mapping {
+    uint64_t offset, length, host_offset;
+    uint32_t depth;             /* 0: this image; 1: its backing file, ... */
+    int flags;                  /* enum fl_map_flags, or'ed */
+} fl_mapping;
 
 /* Open a regular file or a block device. -FL_ELOCKED: in use; -FL_EFORMAT; -errno. */
 int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
@@ -100,10 +150,57 @@ int fl_image_flush(fl_image *image, fl_error *error);
 /* Describe [offset, offset + length) in up to `max` extents, in order and without gaps, from `offset` on; `found` may cover less
    than was asked for (call again from where it ended), but never nothing. Neighbours differ in kind. */
 int fl_image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+/* The same for the place of the bytes: which image of the chain has them, and where. */
+int fl_image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
+/* Write whole clusters (the last one of the image may be short), each compressed if that makes it smaller. They must not be allocated
+   before. -EOPNOTSUPP: the format has no compression; -EINVAL: not whole clusters. */
+int fl_image_write_compressed(fl_image *image, const void *buffer, size_t count, uint64_t offset, fl_error *error);
+/* Make the disk larger; what is new reads as zeros. -EBUSY while a disk, a snapshot or a backup uses the image; -EINVAL: it would shrink;
+   -EOPNOTSUPP: not with this format. */
+int fl_image_grow(fl_image *image, uint64_t size, fl_error *error);
 int fl_image_info_get(fl_image *image, fl_image_info *info, fl_error *error);
+/* The snapshots, or dirty bitmaps, that are stored in the file, from the `first`th on; found is 0 at the end. -FL_EFORMAT: damaged. */
+int fl_image_snapshots(fl_image *image, size_t first, fl_internal_snapshot *snapshots, size_t max, size_t *found, fl_error *error);
+int fl_image_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bitmaps, size_t max, size_t *found, fl_error *error);
 /* Snapshots, disks and jobs that use the image keep it open until they end. */
 int fl_image_close(fl_image *image, fl_error *error);
 void fl_image_free(fl_image *image);
+
+/* ---- is an image as it should be? ---- */
+
+enum fl_repair { FL_REPAIR_NONE, FL_REPAIR_LEAKS, FL_REPAIR_ALL };
+
+enum fl_finding_kind {
+    FL_FOUND_CORRUPTION,        /* using the image may damage data, or has */
+    FL_FOUND_LEAK,              /* space that nobody uses and nobody gets */
+    FL_FOUND_ERROR,             /* the check could not be finished */
+    FL_FOUND_NOTE               /* counted nowhere */
+};
+
+#define FL_CHECK_FINDINGS 256
+
+typedef struct fl_finding {
+    int kind;                   /* enum fl_finding_kind */
+    int repaired;
+    uint64_t guest, host;       /* offsets in the disk and in the file; UINT64_MAX: it has none */
+    uint64_t length;            /* bytes of the file, in clusters */
+    char text[120];
+} fl_finding;
+
+typedef struct fl_check {
+    /* as they are now, after the repair; leaks in clusters, corruptions in entries or clusters */
+    uint64_t corruptions, leaks, check_errors;
+    uint64_t corruptions_fixed, leaks_fixed;
+    uint64_t image_end_offset;  /* behind the last cluster that is in use */
+    uint64_t total_clusters, allocated_clusters, compressed_clusters, fragmented_clusters;    /* of the disk */
+    size_t finding_count;
+    uint64_t findings_dropped;  /* there was no room for so many more */
+    fl_finding findings[FL_CHECK_FINDINGS];
+} fl_check;
+
+/* Check an image that nobody has open, and repair it: enum fl_repair. Of `options`, format and share count. 0: `result` says what was found.
+   -FL_EFORMAT: the header is not even good enough to look further; -EOPNOTSUPP: images of this format can't be checked; -FL_ELOCKED; -errno. */
+int fl_image_check(const char *path, const fl_image_options *options, int repair, fl_check *result, fl_error *error);
 
 /* ---- fault injection: an image around another one (which stays usable), for tests of this library and of its users ---- */
 
@@ -151,9 +248,17 @@ int fl_disk_flush(fl_disk *disk, fl_error *error);
 int fl_disk_close(fl_disk *disk, fl_error *error);
 void fl_disk_free(fl_disk *disk);
 
-/* Dirty bitmaps: what was written since the bitmap was added or last frozen by a cut. In memory. `granularity`: a power of two. */
-int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error);     /* -EEXIST */
-int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error);    /* -ENOENT; -EBUSY while a snapshot has it frozen */
+/* Dirty bitmaps: what was written since the bitmap was added, cleared, or last frozen by a cut. `granularity`: a power of two, 4 KiB to 2 GiB.
+   Names have 1 to 255 bytes. Where not said otherwise: -ENOENT: there is none of that name; -EBUSY: a snapshot has it frozen;
+   -FL_EINCONSISTENT. */
+int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error);     /* in memory. -EEXIST */
+int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error);    /* one that is inconsistent, too */
+/* At one instant between writes: nothing is dirty. Makes one that was inconsistent good again. */
+int fl_disk_bitmap_clear(fl_disk *disk, const char *name, fl_error *error);
+/* Record what is written from now on, or (0) do not: what it has it keeps. */
+int fl_disk_bitmap_enable(fl_disk *disk, const char *name, int enabled, fl_error *error);
+/* What is dirty in any of `from` is dirty in `into` as well; of any granularities. All or none of them. */
+int fl_disk_bitmap_merge(fl_disk *disk, const char *into, const char *const *from, size_t count, fl_error *error);
 int fl_disk_bitmap_info(fl_disk *disk, const char *name, uint64_t *granularity, uint64_t *dirty_bytes, fl_error *error);
 /* The name of bitmap `index`, into `name` of 256 bytes; -ENOENT past the last. */
 int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error);
@@ -161,7 +266,33 @@ int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error
 int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uint64_t length,
                            fl_extent *extents, size_t max, size_t *found, fl_error *error);
 
+typedef struct fl_bitmap_state {
+    uint64_t granularity;
+    int enabled;                /* it records */
+    int busy;                   /* a snapshot has it frozen */
+    int persistent;             /* it is in the disk's bitmap file */
+    int write_intent;           /* it is good after a crash of the machine, too */
+    int inconsistent;
+    char uuid[37];              /* of a persistent one: never the same for two; else "" */
+    char problem[160];          /* why it is inconsistent, or why it will be when the disk is opened next; else "" */
+} fl_bitmap_state;
+int fl_disk_bitmap_state(fl_disk *disk, const char *name, fl_bitmap_state *state, fl_error *error);
+
+/* Persistent dirty bitmaps are in a file beside the disk, see docs/bitmap-format.md. Open it, once, before the first write; the bitmaps that it has are
+   then the disk's, those that can't be trusted as inconsistent ones. `create`: make it when there is none. Closing the disk closes it, and flushes the
+   source first. -ENOENT, -EEXIST (a name is taken, or a file is open already), -FL_ELOCKED, -FL_EFORMAT, -ENOTSUP, -errno. */
+int fl_disk_bitmap_file(fl_disk *disk, const char *path, int create, fl_error *error);
+/* As fl_disk_bitmap_add, in that file: it survives the process, and with `write_intent` a crash of the machine as well, for one sync more before the
+   first write to each unit. -EINVAL: there is no file. */
+int fl_disk_bitmap_add_persistent(fl_disk *disk, const char *name, uint64_t granularity, int write_intent, fl_error *error);
+
 /* ---- snapshots ---- */
+
+/* What becomes of the frozen dirty bitmap. It is merged back:
+     on-success: unless the snapshot is committed; what was lost always is
+     always:     as above; without a commit only what was not discarded from the snapshot
+     never:      whatever happens */
+enum fl_bitmap_mode { FL_BITMAP_ON_SUCCESS, FL_BITMAP_ALWAYS, FL_BITMAP_NEVER };
 
 enum fl_policy { FL_BREAK_SNAPSHOT, FL_BREAK_GUEST_WRITE, FL_LOSE_RANGE };
 
@@ -173,6 +304,7 @@ typedef struct fl_snapshot_options {
     fl_image *fleecing;         /* writable; NULL: the stage is all there is */
     uint64_t fleecing_limit;    /* bytes of the fleecing image that may be in use; 0: all of it */
     const char *bitmap;         /* NULL: a full snapshot; else freeze this dirty bitmap at the cut */
+    int bitmap_mode;            /* enum fl_bitmap_mode */
 } fl_snapshot_options;
 
 /* Cut `count` different disks at one instant. All or none. */
@@ -190,8 +322,10 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
 int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
 /* 0 while it lives; -FL_EBROKEN with the first cause. */
 int fl_snapshot_check(fl_snapshot *snapshot, fl_error *error);
-/* The frozen dirty bitmap is done with: close does not merge it back. */
+/* Of an incremental: the backup is good, or it is not; what becomes of the frozen dirty bitmap is decided at once, and for good (see enum fl_bitmap_mode).
+   Close aborts, where neither was called. -EINVAL after the other one; nothing on a full snapshot. */
 int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error);
+int fl_snapshot_abort(fl_snapshot *snapshot, fl_error *error);
 /* Never waits for fleecing storage that hangs. */
 int fl_snapshot_close(fl_snapshot *snapshot, fl_error *error);
 void fl_snapshot_free(fl_snapshot *snapshot);
@@ -230,7 +364,12 @@ typedef struct fl_backup_options {
     uint64_t speed;             /* bytes per second; 0: unlimited */
     int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
+    int compress;               /* whole clusters of the target, which were never written before, are written compressed */
     int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
+    /* Copy mode: called by the workers with each piece that they hold, before they write it; `data` NULL: `length` zeros. Any order, several at once, each
+       byte that is copied once. Non-zero cancels the job. NULL: nobody wants to know. */
+    int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);
+    uint64_t piece_context;
 } fl_backup_options;
 
 typedef struct fl_progress {
@@ -268,6 +407,44 @@ int fl_backup_cancel(fl_backup *job);
 /* Cancel, and wait up to half a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
 int fl_backup_close(fl_backup *job, fl_error *error);
 void fl_backup_free(fl_backup *job);
+
+/* ---- load: a guest that reads and writes, and how long each of its operations took; for measuring what a snapshot costs it ---- */
+
+typedef struct fl_load fl_load;
+
+enum fl_order {
+    FL_ORDER_ONCE,              /* each block once, in an order that looks random, the same for the same seed */
+    FL_ORDER_RANDOM,
+    FL_ORDER_SEQUENTIAL         /* and again from the beginning */
+};
+
+typedef struct fl_load_options {
+    uint32_t block;             /* bytes of an operation, up to 16 MiB; the disk's last part that is no whole block is left alone */
+    uint64_t stride;            /* bytes from one block's start to the next one's; 0: block */
+    uint32_t threads;           /* operations at once, 1 to 256 */
+    int order;                  /* enum fl_order */
+    uint32_t read_percent;      /* of the operations */
+    uint32_t hot_percent, hot_space_percent;    /* FL_ORDER_RANDOM: so many of the operations go to so much of the disk; 0: all alike */
+    uint64_t rate;              /* operations per second, all threads together; 0: as fast as it goes */
+    uint64_t operations;        /* then it ends; 0: when it is told to, or FL_ORDER_ONCE is through */
+    uint64_t seed;
+} fl_load_options;
+
+typedef struct fl_load_stats {
+    uint64_t operations, bytes_read, bytes_written, elapsed_ns;
+    uint64_t latency_max;       /* ns. With a rate, from the moment when the operation was due: waiting for a stalled one before it counts */
+    uint64_t latency[FL_LATENCY_BUCKETS];       /* as in fl_stats */
+    int finished;
+} fl_load_stats;
+
+/* Runs in threads of its own. What it writes is noise: the disk's contents are destroyed. The load must be freed before the disk is. */
+int fl_load_start(fl_disk *disk, const fl_load_options *options, fl_load **load, fl_error *error);
+int fl_load_stats_get(fl_load *load, fl_load_stats *stats, fl_error *error);
+/* 0 when it is over; -FL_ERUNNING; or the first failure of an operation, which ended it. */
+int fl_load_wait(fl_load *load, uint64_t timeout, fl_error *error);
+/* Ask it to end. Does not wait. */
+int fl_load_stop(fl_load *load);
+void fl_load_free(fl_load *load);               /* stops it, and waits */
 
 /* CFFI END */
 #endif

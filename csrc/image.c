@@ -13,6 +13,7 @@ static const struct format {
     int (*create)(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
 } formats[] = {
     { "raw", raw_open, raw_create },
+    { "qcow2", qcow2_open, qcow2_create },
 };
 
 static int find_format(const char *path, const fl_image_options *options, const struct format **format, fl_error *error)
@@ -156,7 +157,7 @@ invalid:
 
 int image_readv(fl_image *image, const struct iovec *iov, int count, uint64_t offset, fl_error *error)
 {
-    size_t length;
+    size_t length = 0;
     int rc = check_vector(image, "read", iov, count, offset, &length, error);
     if (rc == 0)
         rc = check_range(image, "read", length, offset, error);
@@ -165,7 +166,7 @@ int image_readv(fl_image *image, const struct iovec *iov, int count, uint64_t of
 
 int image_writev(fl_image *image, const struct iovec *iov, int count, uint64_t offset, fl_error *error)
 {
-    size_t length;
+    size_t length = 0;
     int rc = check_vector(image, "write", iov, count, offset, &length, error);
     if (rc == 0)
         rc = check_range(image, "write", length, offset, error);
@@ -222,6 +223,47 @@ int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *
     return image->ops->extents(image, offset, length, extents, max, found, error);
 }
 
+/* A format without a map of its own has its bytes where the disk has them. */
+static int map_plain(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error)
+{
+    fl_extent extents[64];
+    int rc = image->ops->extents(image, offset, length, extents, MIN(max, 64), found, error);
+    for (size_t i = 0; rc == 0 && i < *found; i++)
+        mappings[i] = (fl_mapping){
+            .offset = extents[i].offset, .length = extents[i].length, .host_offset = extents[i].offset,
+            .flags = FL_MAP_ALLOCATED | FL_MAP_OFFSET | (extents[i].kind == FL_DATA ? FL_MAP_DATA : FL_MAP_ZERO),
+        };
+    return rc;
+}
+
+int image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error)
+{
+    int rc = check_range(image, "map", length, offset, error);
+    if (rc < 0)
+        return rc;
+    if (!found || (length > 0 && (max == 0 || !mappings)))
+        return fail(error, EINVAL, FL_SIDE_NONE, offset, length, "map of image '%s': there is no room for it", image->name);
+    if (length == 0) {
+        *found = 0;
+        return 0;
+    }
+    return (image->ops->map ? image->ops->map : map_plain)(image, offset, length, mappings, max, found, error);
+}
+
+int image_write_compressed(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error)
+{
+    int rc = check_range(image, "compressed write", length, offset, error);
+    if (rc == 0)
+        rc = check_writable(image, "compressed write", length, offset, error);
+    if (rc == 0 && !image->ops->write_compressed)
+        rc = fail(error, EOPNOTSUPP, FL_SIDE_NONE, offset, length, "image '%s' cannot be written compressed: its format, %s, has no compression",
+                  image->name, image->ops->format);
+    if (rc == 0 && (offset % image->cluster_size || (length % image->cluster_size && offset + length != image->size)))
+        rc = fail(error, EINVAL, FL_SIDE_NONE, offset, length, "compressed write of %llu bytes at %llu of image '%s': only whole clusters of %u "
+                  "bytes can be compressed", (ull)length, (ull)offset, image->name, image->cluster_size);
+    return rc < 0 || length == 0 ? rc : image->ops->write_compressed(image, buffer, length, offset, error);
+}
+
 /* ---- the public calls: the same through the gate ---- */
 
 static int enter(fl_image *image, fl_error *error)
@@ -266,13 +308,17 @@ int image_take(fl_image *image, const char *what, fl_error *error)
 
 void image_untake(fl_image *image) { atomic_store(&image->taken, false); }
 
-int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error)
+int image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error)
 {
     const struct format *format;
-    fl_image *opened;
     int rc = find_format(path, options, &format, error);
-    if (rc == 0)
-        rc = format->open(path, options, &opened, error);
+    return rc < 0 ? rc : format->open(path, options, image, error);
+}
+
+int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error)
+{
+    fl_image *opened;
+    int rc = image_open(path, options, &opened, error);
     if (rc == 0)
         publish(opened, image);
     return rc;
@@ -350,6 +396,79 @@ int fl_image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_exten
     return rc < 0 ? rc : leave(image, image_extents(image, offset, length, extents, max, found, error));
 }
 
+int fl_image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error)
+{
+    int rc = enter(image, error);
+    return rc < 0 ? rc : leave(image, image_map(image, offset, length, mappings, max, found, error));
+}
+
+int fl_image_write_compressed(fl_image *image, const void *buffer, size_t count, uint64_t offset, fl_error *error)
+{
+    int rc = enter(image, error);
+    return rc < 0 ? rc : leave(image, image_write_compressed(image, buffer, count, offset, error));
+}
+
+/* With the gate closed: nobody else is inside. */
+static int grow(fl_image *image, uint64_t size, fl_error *error)
+{
+    int rc = check_writable(image, "growth", size, 0, error);
+    if (rc < 0)
+        return rc;
+    if (!image->ops->grow)
+        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: that is not known of its format, %s",
+                    image->name, image->ops->format);
+    if (size < image->size)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "image '%s' has %llu bytes and cannot shrink to %llu",
+                    image->name, (ull)image->size, (ull)size);
+    rc = image->ops->grow(image, size, error);
+    if (rc == 0)
+        image->size = size;
+    return rc;
+}
+
+#define GROW_WAIT_NS UINT64_C(10000000000)      /* for the calls that run: one that hangs must not hang this one */
+
+int fl_image_grow(fl_image *image, uint64_t size, fl_error *error)
+{
+    int rc = image_take(image, "made larger", error);
+    if (rc < 0)
+        return rc;
+    rc = gate_close(&image->gate, add_sat(now_ns(), GROW_WAIT_NS));
+    if (rc == 0) {
+        rc = grow(image, size, error);
+        gate_open(&image->gate);
+    } else {
+        rc = fail(error, rc == -ETIMEDOUT ? EBUSY : -rc, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: it was closed, or a call on it does not end",
+                  image->name);
+    }
+    image_untake(image);
+    image_unref(image);
+    return rc;
+}
+
+/* The lists that only some formats have. */
+int fl_image_snapshots(fl_image *image, size_t first, fl_internal_snapshot *snapshots, size_t max, size_t *found, fl_error *error)
+{
+    int rc = enter(image, error);
+    if (rc < 0)
+        return rc;
+    if (image->ops->snapshots)
+        return leave(image, image->ops->snapshots(image, first, snapshots, max, found, error));
+    *found = 0;
+    return leave(image, 0);
+}
+
+int fl_image_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bitmaps, size_t max, size_t *found, fl_error *error)
+{
+    int rc = enter(image, error);
+    if (rc < 0)
+        return rc;
+    if (image->ops->bitmaps)
+        return leave(image, image->ops->bitmaps(image, first, bitmaps, max, found, error));
+    *found = 0;
+    return leave(image, 0);
+}
+
 int fl_image_info_get(fl_image *image, fl_image_info *info, fl_error *error)
 {
     int rc = enter(image, error);
@@ -364,6 +483,8 @@ int fl_image_info_get(fl_image *image, fl_image_info *info, fl_error *error)
     info->writable = image->writable;
     info->direct = image->direct;
     strncpy(info->format, image->ops->format, sizeof info->format - 1);
+    if (image->ops->info)
+        image->ops->info(image, info);
     return leave(image, 0);
 }
 

@@ -26,9 +26,18 @@ struct image_ops {
     /* As fl_image_extents; length and max are not 0. */
     int (*extents)(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
     uint64_t (*allocated)(fl_image *image);     /* bytes */
+    /* What only some formats have; NULL: not this one. */
+    int (*map)(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
+    int (*write_compressed)(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error);    /* as writev */
+    int (*grow)(fl_image *image, uint64_t size, fl_error *error);       /* nobody else uses the image; image->size is set afterwards */
+    void (*info)(fl_image *image, fl_image_info *info);                 /* the format's details; the rest is filled in */
+    int (*snapshots)(fl_image *image, size_t first, fl_internal_snapshot *snapshots, size_t max, size_t *found, fl_error *error);
+    int (*bitmaps)(fl_image *image, size_t first, fl_persistent_bitmap *bitmaps, size_t max, size_t *found, fl_error *error);
     /* The least end that a read met before the image's size: what was behind it was cut off, and stays lost when the image is made longer again.
        UINT64_MAX: none. NULL: the driver's images can't be cut off. */
     uint64_t (*ends_at)(fl_image *image);
+    /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at only. NULL: there is none. */
+    int (*descriptor)(fl_image *image);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -38,7 +47,7 @@ struct image_ops {
 };
 
 struct fl_image {
-    /* fixed after creation */
+    /* fixed after creation; the size: but for fl_image_grow, while nobody else uses the image */
     const struct image_ops *ops;
     uint64_t size;
     uint32_t cluster_size, alignment;
@@ -58,6 +67,9 @@ struct fl_image {
 void *image_alloc(size_t size);
 int image_init(fl_image *image, const struct image_ops *ops, const char *name);
 
+/* As fl_image_open, for the layers below the public handle: a reference, given back with image_unref. */
+int image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
+
 /* For whoever got a public handle from the user: a reference, unless it is closed. -EINVAL (NULL), -FL_ECLOSED, -FL_EFORKED. */
 int image_use(fl_image *image, fl_error *error);
 /* The same, for `what` ("the source of a disk"), which may have the image for itself only: -EBUSY while somebody else has. */
@@ -75,16 +87,27 @@ int image_zero(fl_image *image, uint64_t count, uint64_t offset, fl_error *error
 int image_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *error);
 int image_flush(fl_image *image, fl_error *error);
 int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
+int image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
+int image_write_compressed(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error);
 
 static inline uint64_t image_ends_at(fl_image *image)
 {
     return image->ops->ends_at ? image->ops->ends_at(image) : UINT64_MAX;
 }
 
+static inline int image_descriptor(fl_image *image)
+{
+    return image->ops->descriptor ? image->ops->descriptor(image) : -1;
+}
+
 /* raw.c */
 int raw_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
 int raw_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
 int raw_create_nameless(const char *directory, uint64_t size, fl_image **image, fl_error *error);
+
+/* qcow2/qcow2.c */
+int qcow2_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error);
+int qcow2_create(const char *path, uint64_t size, const fl_image_options *options, fl_image **image, fl_error *error);
 
 /* io_fault.c: an image around `inner`, of which it takes a reference. */
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error);

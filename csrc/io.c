@@ -117,18 +117,80 @@ int io_fail_truncated(struct io *io, uint64_t end, uint64_t offset, uint64_t len
                 io->name, (unsigned long long)end, (unsigned long long)io->size);
 }
 
+/* The bytes that came, by way of *done: fewer than `length` when the file ends before. */
+static int read_through_cache(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *done,
+                              fl_error *error)
+{
+    struct iov_cursor cursor = { iov, count, 0 };
+    int rc = io_read_all(io->fd, &cursor, offset, length, done);
+    return rc < 0 ? io_fail_read(io, -rc, offset, length, error) : 0;
+}
+
 int io_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
 {
-    if (io->direct_fd >= 0)
-        return io_direct_readv(io, iov, count, offset, length, error);
-    struct iov_cursor cursor = { iov, count, 0 };
     size_t done;
-    int rc = io_read_all(io->fd, &cursor, offset, length, &done);
-    if (rc < 0)
-        return io_fail_read(io, -rc, offset, length, error);
-    if (done < length)
+    int rc = io->direct_fd >= 0 ? io_direct_readv(io, iov, count, offset, length, &done, error) :
+                                  read_through_cache(io, iov, count, offset, length, &done, error);
+    if (rc == 0 && done < length)
         return io_fail_truncated(io, offset + done, offset, length, error);
-    return 0;
+    return rc;
+}
+
+static void zero_rest(const struct iovec *iov, int count, size_t done, size_t length)
+{
+    struct iov_cursor cursor = { iov, count, 0 };
+    struct iovec v;
+    size_t n;
+    iov_advance(&cursor, done);
+    for (; done < length; done += n) {
+        iov_next(&cursor, length - done, &v, 1, &n);
+        memset(v.iov_base, 0, n);
+        iov_advance(&cursor, n);
+    }
+}
+
+int io_read_padded(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
+{
+    uint64_t reached = atomic_load_explicit(&io->reached, memory_order_relaxed);       /* before the read: others make the file longer */
+    size_t done;
+    int rc = io->direct_fd >= 0 ? io_direct_readv(io, iov, count, offset, length, &done, error) :
+                                  read_through_cache(io, iov, count, offset, length, &done, error);
+    if (rc == 0 && done < length) {
+        if (UNLIKELY(offset + done < reached))
+            return io_fail_truncated(io, offset + done, offset, length, error);
+        zero_rest(iov, count, done, length);
+    }
+    return rc;
+}
+
+void io_reaches(struct io *io, uint64_t end)
+{
+    uint64_t reached = atomic_load_explicit(&io->reached, memory_order_relaxed);
+    while (end > reached && !atomic_compare_exchange_weak(&io->reached, &reached, end))
+        ;
+}
+
+int io_read_metadata(struct io *io, void *buffer, size_t length, uint64_t offset, fl_error *error)
+{
+    struct iovec v = { buffer, length };
+    size_t done;
+    int rc = read_through_cache(io, &v, 1, offset, length, &done, error);
+    if (rc == 0 && done < length)
+        memset((char *)buffer + done, 0, length - done);
+    return rc;
+}
+
+int io_write_metadata(struct io *io, const void *buffer, size_t length, uint64_t offset, fl_error *error)
+{
+    struct iovec v = { (void *)(uintptr_t)buffer, length };
+    return io_writev_metadata(io, &v, 1, offset, length, error);
+}
+
+int io_writev_metadata(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
+{
+    struct iov_cursor cursor = { iov, count, 0 };
+    int rc = io_write_all(io->fd, &cursor, offset, length);
+    return rc < 0 ? io_fail_write(io, -rc, offset, length, error) : 0;
 }
 
 int io_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
@@ -232,6 +294,7 @@ static int measure(struct io *io, fl_error *error)
     if (size > SIZE_LIMIT)
         return fail(error, EFBIG, FL_SIDE_NONE, 0, 0, "image '%s' is larger than 2^63 - 1 bytes", io->name);
     io->size = size;
+    atomic_store(&io->reached, io->device ? 0 : size);
     io->block = is_power_of_two(block) && block >= 512 && block <= UINT32_MAX ? (uint32_t)block : 4096;
     return 0;
 }
@@ -293,6 +356,22 @@ static int set_size(struct io *io, uint64_t size, fl_error *error)
     if (rc == 0)
         return 0;
     return fail(error, errno, FL_SIDE_NONE, 0, 0, "cannot make image '%s' %llu bytes large", io->name, (unsigned long long)size);
+}
+
+uint64_t io_length(struct io *io)
+{
+    struct stat st;
+    return io->device || fstat(io->fd, &st) < 0 ? io->size : (uint64_t)st.st_size;
+}
+
+int io_set_length(struct io *io, uint64_t length, fl_error *error)
+{
+    if (!io->device)
+        return length > SIZE_LIMIT ? check_new_size(io, length, error) : set_size(io, length, error);
+    if (length <= io->size)
+        return 0;
+    return fail(error, ENOSPC, FL_SIDE_NONE, 0, 0, "block device '%s' has %llu bytes, %llu are needed", io->name,
+                (unsigned long long)io->size, (unsigned long long)length);
 }
 
 /* Is `path` still the file that is open? */

@@ -33,6 +33,7 @@ struct io {
     /* atomic: what turned out not to work here, so as not to try it again */
     atomic_bool no_punch, no_zero_range, no_zeroout, no_discard;
     _Atomic uint64_t ends_at;   /* the least end that was met where there should have been more; UINT64_MAX: none. It never grows again */
+    _Atomic uint64_t reached;   /* the file is at least so long: its length at opening, and what io_reaches said since */
     atomic_int flush_error;     /* positive errno of a flush that lost buffered writes; 0: none did */
 
     pthread_rwlock_t edges;     /* direct only, see io_direct.c: held shared to write whole blocks, exclusively to write parts of blocks */
@@ -52,6 +53,21 @@ void io_close(struct io *io);
 int io_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
 int io_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
 int io_flush(struct io *io, fl_error *error);
+
+/* For formats whose file grows (`size` stays what it was at opening). */
+/* As io_readv; what is beyond the end of the file reads as zeros. -FL_ETRUNCATED: the file ended before `reached`. */
+int io_read_padded(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+/* The same, through the page cache even where transfers are direct. Not for blocks that hold data which is transferred directly. */
+int io_read_metadata(struct io *io, void *buffer, size_t length, uint64_t offset, fl_error *error);
+int io_write_metadata(struct io *io, const void *buffer, size_t length, uint64_t offset, fl_error *error);
+int io_writev_metadata(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+void io_reaches(struct io *io, uint64_t end);  /* something was written up to there */
+uint64_t io_length(struct io *io);      /* bytes of the file now; of a device, its size */
+int io_set_length(struct io *io, uint64_t length, fl_error *error);     /* -ENOSPC: the device is smaller */
+/* Give the space of exactly these bytes back, whoever writes beside them; they then read as zeros, or as before. false: not done. */
+bool io_punch(struct io *io, uint64_t count, uint64_t offset);
+/* From now on transfers go through the page cache. Before the first transfer only. */
+void io_direct_end(struct io *io);
 
 /* The range reads as zeros afterwards, and its space is given back where that is possible. */
 int io_zero(struct io *io, uint64_t count, uint64_t offset, fl_error *error);
@@ -92,7 +108,8 @@ void io_unlock(struct io *io);
 
 /* io_direct.c. Open direct_fd beside fd, and find out the alignments. */
 int io_direct_open(struct io *io, const char *path, fl_error *error);
-int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
+int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *moved,
+                    fl_error *error);           /* *moved < length: the file ends there */
 int io_direct_writev(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error);
 
 #endif

@@ -165,7 +165,7 @@ static int direct_read_all(struct io *io, struct iov_cursor *cursor, uint64_t of
     return rc == -EINVAL && (*done & (io->alignment - 1)) ? 0 : rc;
 }
 
-int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
+int io_direct_readv(struct io *io, const struct iovec *iov, int count, uint64_t offset, size_t length, size_t *moved, fl_error *error)
 {
     const uint64_t align = io->alignment;
     const uint64_t end = offset + length;
@@ -205,9 +205,18 @@ out:
     free(bounce);
     if (rc < 0)
         return io_fail_read(io, -rc, offset, length, error);
-    if (at < end)
-        return io_fail_truncated(io, at, offset, length, error);
+    *moved = (size_t)(at - offset);
     return 0;
+}
+
+void io_direct_end(struct io *io)
+{
+    if (io->direct_fd < 0)
+        return;
+    close(io->direct_fd);
+    pthread_rwlock_destroy(&io->edges);
+    io->direct_fd = -1;
+    io->alignment = io->memory_alignment = 1;
 }
 
 /* Make the page cache write the range out: see above. Not for durability, which is io_flush's. */

@@ -116,6 +116,7 @@ struct call {
     uint64_t offset, length;
     fl_extent *extents;
     size_t max, *found;
+    bool compressed;            /* a write of one entry, compressed. What is left of it after a fault is not */
 };
 
 static int run(fl_image *inner, const struct call *c, fl_error *error)
@@ -124,6 +125,8 @@ static int run(fl_image *inner, const struct call *c, fl_error *error)
     case FL_OP_READ:
         return image_readv(inner, c->iov, c->count, c->offset, error);
     case FL_OP_WRITE:
+        if (c->compressed)
+            return image_write_compressed(inner, c->iov->iov_base, c->iov->iov_len, c->offset, error);
         return image_writev(inner, c->iov, c->count, c->offset, error);
     case FL_OP_ZERO:
         return image_zero(inner, c->length, c->offset, error);
@@ -150,6 +153,7 @@ static int run_part(fl_image *inner, const struct call *c, size_t skip, size_t l
     sub.iov = part;
     sub.offset = c->offset + skip;
     sub.length = length;
+    sub.compressed = false;
     int rc = run(inner, &sub, error);
     free(part);
     return rc;
@@ -215,6 +219,13 @@ static int faulty_writev(fl_image *image, const struct iovec *iov, int count, ui
     return operate(image, &c, error);
 }
 
+static int faulty_write_compressed(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error)
+{
+    struct iovec iov = { (void *)(uintptr_t)buffer, length };
+    struct call c = { .op = FL_OP_WRITE, .iov = &iov, .count = 1, .offset = offset, .length = length, .compressed = true };
+    return operate(image, &c, error);
+}
+
 /* What a zero or a discard may have taught the inner image. */
 static int learn(fl_image *image, int rc)
 {
@@ -252,6 +263,18 @@ static uint64_t faulty_ends_at(fl_image *image)
     return image_ends_at(((struct faulty *)image)->inner);
 }
 
+static void faulty_info(fl_image *image, fl_image_info *info)
+{
+    fl_image *inner = ((struct faulty *)image)->inner;
+    if (inner->ops->info)
+        inner->ops->info(inner, info);
+}
+
+static int faulty_descriptor(fl_image *image)
+{
+    return image_descriptor(((struct faulty *)image)->inner);
+}
+
 static uint64_t faulty_allocated(fl_image *image)
 {
     fl_image *inner = ((struct faulty *)image)->inner;
@@ -285,7 +308,8 @@ static void faulty_destroy(fl_image *image)
 static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
-    .extents = faulty_extents, .allocated = faulty_allocated, .ends_at = faulty_ends_at, .destroy = faulty_destroy,
+    .write_compressed = faulty_write_compressed, .info = faulty_info, .extents = faulty_extents, .allocated = faulty_allocated,
+    .ends_at = faulty_ends_at, .descriptor = faulty_descriptor, .destroy = faulty_destroy,
 };
 
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error)

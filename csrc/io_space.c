@@ -148,6 +148,12 @@ int io_discard(struct io *io, uint64_t count, uint64_t offset, fl_error *error)
     return rc == 1 ? write_zeros(io, count, offset, error) : write_zero_edges(io, count, offset, start, end, error);
 }
 
+bool io_punch(struct io *io, uint64_t count, uint64_t offset)
+{
+    uint64_t unit = space_unit(io), start = align_up(offset, unit), end = align_down(offset + count, unit);
+    return start < end && discard_units(io, end - start, start) == 0;
+}
+
 bool io_punches(struct io *io)
 {
     return !io->device && !atomic_load_explicit(&io->no_punch, memory_order_relaxed);

@@ -11,6 +11,7 @@ Sizes and offsets are bytes, durations seconds. Every call that can block lets g
 from pyfleece._binding import Extent
 from pyfleece.backup import Backup, GroupResult, Result, backup, backup_group
 from pyfleece.bitmap import Bitmaps, DirtyBitmap
+from pyfleece.check import CheckResult, Finding, check
 from pyfleece.chunks import Chunk, Chunks
 from pyfleece.disk import Disk
 from pyfleece.errors import (
@@ -25,6 +26,7 @@ from pyfleece.errors import (
     FreezeError,
     ImageError,
     ImageLockedError,
+    InconsistentBitmapError,
     LostError,
     OutOfRangeError,
     OutsideBitmapError,
@@ -34,7 +36,8 @@ from pyfleece.errors import (
 from pyfleece.extract import CopyResult
 from pyfleece.files import FileEntry, Files, Volume, files
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
-from pyfleece.image import Image, ImageInfo, create, open
+from pyfleece.image import Image, create, open
+from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -46,6 +49,7 @@ __all__ = [
     "Bar",
     "Bitmaps",
     "CancelledError",
+    "CheckResult",
     "Chunk",
     "Chunks",
     "ClosedError",
@@ -58,6 +62,7 @@ __all__ = [
     "FileEntry",
     "FileSystemError",
     "Files",
+    "Finding",
     "ForkedError",
     "FormatError",
     "FreezeError",
@@ -67,11 +72,16 @@ __all__ = [
     "ImageError",
     "ImageInfo",
     "ImageLockedError",
+    "InconsistentBitmapError",
+    "InternalSnapshot",
     "Latency",
     "LostError",
+    "MapEntry",
     "OutOfRangeError",
     "OutsideBitmapError",
+    "PersistentBitmap",
     "Progress",
+    "Qcow2Info",
     "Result",
     "Snapshot",
     "SnapshotBrokenError",
@@ -83,6 +93,7 @@ __all__ = [
     "__version__",
     "backup",
     "backup_group",
+    "check",
     "create",
     "files",
     "open",

@@ -15,19 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from pyfleece import _binding
-from pyfleece._binding import Extent, Resource, call, call_code, positive
+from pyfleece._binding import Extent, PieceHook, Resource, call, call_code, positive
 from pyfleece._native import ffi, lib
 from pyfleece.chunks import Chunks, lost_ranges
 from pyfleece.errors import CancelledError, ClosedError, Error, ForkedError, invalid
+from pyfleece.image import BackingRoot, Path
 from pyfleece.progress import Bar, Progress, total_of
 from pyfleece.snapshot import Snapshot
-from pyfleece.targets import Target, TargetLike, open_target
+from pyfleece.targets import Target, TargetLike, TargetOptions, open_target
 
 # Called with a Progress; or "bar": a bar on stderr if that is a terminal.
 ProgressLike = Union[Callable[[Progress], Any], str, None]
+
+_Item = TypeVar("_Item")
 
 _SLICE = 100_000_000        # ns that the watching thread waits in C at a time
 _REPORT_EVERY = 0.1         # seconds
@@ -75,6 +78,12 @@ class Backup(Resource):
         skip_lost: bool | None = None,
         target_is_zero: bool = False,
         format: str | None = None,
+        compress: bool | str = False,
+        target_cluster_size: int | None = None,
+        backing: Path | None = None,
+        backing_format: str | None = None,
+        backing_root: BackingRoot = None,
+        on_piece: PieceHook | None = None,
     ) -> None:
         super().__init__()
         given = type(snapshot).__name__
@@ -82,8 +91,15 @@ class Backup(Resource):
             raise TypeError(f"a backup is made of a Snapshot, not of a {given}; of several at once: backup_group")
         self._snapshot = snapshot
         self._target_like = target
-        self._target_is_zero = target_is_zero
-        self._format = format
+        self._options = TargetOptions(
+            format=format,
+            target_is_zero=target_is_zero,
+            compress=compress,
+            cluster_size=target_cluster_size,
+            backing=backing,
+            backing_format=backing_format,
+            backing_root=backing_root,
+        )
         self._granularity = positive(granularity, "granularity")
         self._workers = positive(workers, "workers", 32)
         self._speed = positive(speed, "speed")
@@ -93,6 +109,9 @@ class Backup(Resource):
         self._process = os.getpid()
         self._started = False
         self._publishes = True          # False: a group does it, when all of its jobs are sealed
+        self._on_piece = on_piece
+        self._piece_failures: list[BaseException] = []
+        self._piece_number = 0
         self._done = threading.Event()
         # Written by the watching thread before `_done` is set.
         self._failure: BaseException | None = None
@@ -118,7 +137,7 @@ class Backup(Resource):
         inputs = [self._snapshot.disk.source]
         if self._snapshot.fleecing is not None:
             inputs.append(self._snapshot.fleecing)
-        self._target = open_target(self._target_like, self._snapshot.size, self._format, self._target_is_zero, inputs)
+        self._target = open_target(self._target_like, self._snapshot.size, self._options, inputs)
         try:
             self._start_job(self._target)
         except BaseException as error:
@@ -230,7 +249,11 @@ class Backup(Resource):
         options.speed = self._speed
         options.discard = self._discard
         options.target_is_zero = target.is_zero
+        options.compress = bool(self._options.compress)
         options.skip_lost = self._skip_lost
+        if self._on_piece is not None:
+            self._piece_number = _binding.add_piece_hook(self._on_piece, self._piece_failures)
+            options.on_piece, options.piece_context = lib.pyfleece_piece, self._piece_number
         snapshot, image = self._snapshot._handle, target.image._handle
         self._job = _binding.make("fl_backup **", lib.fl_backup_free, lib.fl_backup_start, snapshot, image, options)
 
@@ -251,8 +274,11 @@ class Backup(Resource):
             self._target.abandon()
             cancelled = self._cancelled and isinstance(error, (CancelledError, ClosedError))
             self._failure = CancelledError("the backup was cancelled") if cancelled else error
+            if self._piece_failures and not cancelled:
+                self._failure = self._piece_failures[0]
         finally:
             self._tidy()
+            _binding.drop_piece_hook(self._piece_number)
             self._done.set()
 
     def _pump(self, chunks: Chunks) -> None:
@@ -260,6 +286,8 @@ class Backup(Resource):
         position = 0
         for chunk in chunks:
             self._write_zeros(position, chunk.offset)
+            if self._on_piece is not None:
+                self._on_piece(chunk.offset, chunk.length, chunk.buffer)
             self._target.write(chunk.offset, chunk.length, chunk.buffer)
             position = chunk.offset + chunk.length
             chunk.ack()
@@ -393,13 +421,19 @@ def backup(
     skip_lost: bool | None = None,
     target_is_zero: bool = False,
     format: str | None = None,
+    compress: bool | str = False,
+    target_cluster_size: int | None = None,
+    backing: Path | None = None,
+    backing_format: str | None = None,
+    backing_root: BackingRoot = None,
+    on_piece: PieceHook | None = None,
 ) -> Result:
     """Copy a snapshot to a target, and return when the copy is on stable storage.
 
     `target`:
-    - a path: a new, sparse raw file. It is written as `<target>.partial` and gets its name only when it is complete
-      and durable; a file of that name is replaced then. After a failure or a cancel nothing is left. `format`: as in
-      `open`, where the suffix does not tell.
+    - a path: a new, sparse image, raw or qcow2. It is written as `<target>.partial` and gets its name only when it is
+      complete and durable; a file of that name is replaced then. After a failure or a cancel nothing is left.
+      `format`: as in `open`, where the suffix does not tell.
     - the path of a block device: written in place. It must be as large as the disk at least.
     - an open Image: written in place, not closed. Unless `target_is_zero`, zeros of the disk are zeroed on it too.
     - any binary file object with a write(): a pipe, a socket's file, a compressor. It gets all bytes in order, zeros
@@ -415,6 +449,17 @@ def backup(
     that is a terminal.
     `skip_lost`: leave out what was lost or discarded, and list it in the result, instead of failing. None: if the
     snapshot's policy is "lose-range".
+    `on_piece`: called with (offset, length, data) of each piece that is copied, by the threads that copy, several at
+    once and in any order, while they hold it: for digests. `data` is valid during the call; None: zeros. What it raises
+    ends the backup.
+
+    For a new qcow2 image:
+    `backing`, `backing_format`: a backing file, as `create` takes them: for an incremental, the backup before it. What
+    is not in the snapshot's bitmap is then read from there, and so is what was left out by `skip_lost`.
+    `backing_root`: as in `open`.
+    `target_cluster_size`: None: 64 KiB.
+    `compress`: True, or "zlib" or "zstd": write whole clusters compressed, by all workers at once. (For an open Image,
+    whose clusters must not have been written before, in the way that it has: True.)
 
     Raises the first failure: its `side` tells where it was. Ctrl-C cancels the backup, and is raised when that is done.
     """
@@ -429,6 +474,12 @@ def backup(
         skip_lost=skip_lost,
         target_is_zero=target_is_zero,
         format=format,
+        on_piece=on_piece,
+        compress=compress,
+        target_cluster_size=target_cluster_size,
+        backing=backing,
+        backing_format=backing_format,
+        backing_root=backing_root,
     ) as job:
         return job.wait()
 
@@ -460,23 +511,26 @@ def backup_group(
     skip_lost: bool | None = None,
     target_is_zero: bool = False,
     format: str | None = None,
+    compress: bool | str = False,
+    target_cluster_size: int | None = None,
+    backing: Sequence[Path | None] | Mapping[Snapshot, Path | None] | None = None,
+    backing_format: str | None = None,
+    backing_root: BackingRoot = None,
 ) -> GroupResult:
     """Back up several snapshots, usually of one instant (`snapshot_group`), as one job: all at the same time, so that
     no fleecing image grows while it waits for its turn.
 
     `targets`: one for each snapshot, in order, or a dict. Options are those of `backup`, for each of them (`speed`
-    too).
+    too); `backing`: one for each target, in order, or a dict.
 
     `all_or_nothing`: the first failure cancels the others and is raised, and new files get their names only when all
     of them are complete. Otherwise each one that succeeds is kept, and the result tells the failures.
     """
     snapshots = list(snapshots)
-    if isinstance(targets, Mapping):
-        if set(targets) != set(snapshots):
-            raise invalid("targets must have each snapshot of the group, and no other")
-        targets = [targets[snapshot] for snapshot in snapshots]
-    if len(targets) != len(snapshots):
-        raise invalid(f"there are {len(targets)} targets for {len(snapshots)} snapshots")
+    targets = _one_each("targets", targets, snapshots)
+    backings: Sequence[Path | None] = [None] * len(snapshots)
+    if backing is not None:
+        backings = _one_each("backing", backing, snapshots)
     report = _reporter(progress)
     begun = time.monotonic()
     jobs = [
@@ -490,8 +544,13 @@ def backup_group(
             skip_lost=skip_lost,
             target_is_zero=target_is_zero,
             format=format,
+            compress=compress,
+            target_cluster_size=target_cluster_size,
+            backing=file,
+            backing_format=backing_format if file is not None else None,
+            backing_root=backing_root,
         )
-        for snapshot, target in zip(snapshots, targets)
+        for snapshot, target, file in zip(snapshots, targets, backings)
     ]
     failures: dict[int, BaseException] = {}
     with ExitStack() as stack:
@@ -509,6 +568,18 @@ def backup_group(
             _publish_all(jobs)
     results = [job._result for job in jobs]
     return GroupResult(uuid.uuid4(), results, time.monotonic() - begun, failures)
+
+
+def _one_each(
+    name: str, given: Sequence[_Item] | Mapping[Snapshot, _Item], snapshots: list[Snapshot]
+) -> Sequence[_Item]:
+    if isinstance(given, Mapping):
+        if set(given) != set(snapshots):
+            raise invalid(f"{name} must have each snapshot of the group, and no other")
+        return [given[snapshot] for snapshot in snapshots]
+    if isinstance(given, (str, bytes)) or len(given) != len(snapshots):
+        raise invalid(f"{name} must be one for each of the {len(snapshots)} snapshots")
+    return given
 
 
 def _publish_all(jobs: list[Backup]) -> None:

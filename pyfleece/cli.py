@@ -14,7 +14,7 @@ import traceback
 from types import FrameType
 
 import pyfleece
-from pyfleece.commands import backup, demo, files, image
+from pyfleece.commands import backup, bench, chain, check, demo, files, image
 from pyfleece.commands.kit import Failure, say
 from pyfleece.demo import DemoError
 from pyfleece.errors import Error, FormatError, ImageLockedError
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyfleece {pyfleece.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    for group in (backup, image, files, demo):
+    for group in (backup, chain, image, files, check, bench, demo):
         group.add(commands)
     return parser
 
@@ -91,6 +91,8 @@ def _sentence(error: BaseException) -> str:
             text += f" (at {error.offset}, {error.length} bytes)"
         if isinstance(error, FormatError) and "format=" in text:
             text += f" (here: {'--target-format' if error.side == 'target' else '--format'})"
+        if "backing_root" in text:
+            text += " (here: --backing-root)"
         if isinstance(error, ImageLockedError) and error.side in (None, "source"):
             text += " (here: --share)"
     elif isinstance(error, OSError) and error.strerror:

@@ -13,17 +13,47 @@ import select
 import stat
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any, Union
 
+from pyfleece import _binding
 from pyfleece import image as _image
 from pyfleece.errors import CancelledError, Error, ImageLockedError, from_os_error, invalid
-from pyfleece.image import Image, Path
+from pyfleece.image import BackingRoot, Image, Path
 
 # A path, an open Image, or a binary file object: anything with a write() that takes bytes.
 TargetLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]", Image, Any]
 
 _ZEROS = memoryview(bytes(1 << 20))
 _REMOVAL_WAIT = 0.2         # seconds for a name to be removed; storage that hangs is not waited for
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a new target shall be: see `backup`."""
+
+    format: str | None = None
+    target_is_zero: bool = False
+    compress: bool | str = False
+    cluster_size: int | None = None
+    backing: Path | None = None
+    backing_format: str | None = None
+    backing_root: BackingRoot = None
+
+    def __post_init__(self) -> None:
+        if self.compress not in (False, True, "zlib", "zstd"):
+            raise invalid(f"compress is {self.compress!r}; it can be True, False, 'zlib' or 'zstd'")
+        if (self.backing is None) != (self.backing_format is None):
+            raise invalid("a target's backing file and its format are given together: nothing is guessed")
+
+    def refuse_for(self, what: str) -> None:
+        """The target is not a new image: there is nothing to choose."""
+        if self.cluster_size is not None or self.backing is not None:
+            raise invalid(f"target_cluster_size and backing are for new images; the target is {what}")
+
+    def refuse_compression_for(self, what: str) -> None:
+        if self.compress:
+            raise invalid(f"compress needs a qcow2 image to write to; the target is {what}")
 
 
 class Target:
@@ -70,17 +100,17 @@ class ImageTarget(Target):
 
 
 class NewFile(Target):
-    """A raw file that gets its name when it is complete."""
+    """An image that gets its name when it is complete. With a backing file, zeros are written: they hide what it has.
+    """
 
-    is_zero = True
-
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, format: str, options: TargetOptions) -> None:
+        self.is_zero = options.backing is None
         self._path = os.fsencode(path)
         self._partial = self._path + b".partial"
         self._lock = threading.Lock()           # protects the partial file's name: published, removed, or neither yet
         self._replaced = _lock_existing(self._path)
         try:
-            self.image: Image = _create_partial(self._partial, size)
+            self.image: Image = _create_partial(self._partial, size, format, options)
         except BaseException:
             self._close_replaced()
             raise
@@ -191,22 +221,26 @@ class Stream(Target):
         select.select([], [self._file], [], 0.05)
 
 
-def open_target(target: TargetLike, size: int, format: str | None, target_is_zero: bool, inputs: list[Image]) -> Target:
+def open_target(target: TargetLike, size: int, options: TargetOptions, inputs: list[Image]) -> Target:
     """The target for a snapshot of `size` bytes. `inputs`: images whose files must not be replaced."""
     if isinstance(target, Image):
-        return ImageTarget(target, owned=False, is_zero=target_is_zero)
+        options.refuse_for("an open image")
+        _check_compression(target, options)
+        return ImageTarget(target, owned=False, is_zero=options.target_is_zero)
     if isinstance(target, (str, bytes, os.PathLike)):
         try:
-            return _open_path(target, size, format, target_is_zero, inputs)
+            return _open_path(target, size, options, inputs)
         except Error as error:
             error.side = "target"
             raise
     if callable(getattr(target, "write", None)):
+        options.refuse_for("a file object")
+        options.refuse_compression_for("a file object")
         return Stream(target, owned=False)
     raise TypeError(f"a backup's target is a path, an Image or a writable binary file, not {type(target).__name__}")
 
 
-def _open_path(path: Path, size: int, format: str | None, target_is_zero: bool, inputs: list[Image]) -> Target:
+def _open_path(path: Path, size: int, options: TargetOptions, inputs: list[Image]) -> Target:
     name = os.fsdecode(path)
     try:
         existing: os.stat_result | None = os.stat(path)
@@ -215,11 +249,21 @@ def _open_path(path: Path, size: int, format: str | None, target_is_zero: bool, 
     except OSError as error:
         raise from_os_error(error, f"cannot use the target {name}") from error
     mode = existing.st_mode if existing else 0
-    if existing is not None and any(_is_same(existing, image) for image in inputs):
+    if existing is not None and any(_is_same(existing, image.path) for image in inputs):
         raise invalid(f"the target {name} is the source or the fleecing image of this backup")
     if stat.S_ISBLK(mode):
-        return ImageTarget(_image.open(path, "r+", format=format), owned=True, is_zero=target_is_zero)
+        options.refuse_for("a block device")
+        image = _image.open(path, "r+", format=options.format, backing_root=options.backing_root)
+        device = ImageTarget(image, owned=True, is_zero=options.target_is_zero)
+        try:
+            _check_compression(image, options)
+        except BaseException as error:
+            _binding.close_after(device.release, error)
+            raise
+        return device
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        options.refuse_for("a pipe or a device")
+        options.refuse_compression_for("a pipe or a device")
         try:
             return Stream(open(path, "wb", buffering=0), owned=True)
         except OSError as error:
@@ -227,13 +271,31 @@ def _open_path(path: Path, size: int, format: str | None, target_is_zero: bool, 
     if existing is not None and not stat.S_ISREG(mode):
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise from_os_error(OSError(code, os.strerror(code), name), f"{name} can't be the target of a backup")
-    _image.check_new_format(path, format)
-    return NewFile(path, size)
+    format = _image.new_format(path, options.format)
+    if format == "raw":
+        options.refuse_for("raw")
+        options.refuse_compression_for("raw")
+    if existing is not None and options.backing is not None:
+        beside = os.path.join(os.path.dirname(os.fsencode(path)), os.fsencode(options.backing))
+        if _is_same(existing, beside):
+            raise invalid(f"the target {name} is its own backing file, which the backup would replace")
+    return NewFile(path, size, format, options)
 
 
-def _is_same(existing: os.stat_result, image: Image) -> bool:
+def _check_compression(image: Image, options: TargetOptions) -> None:
+    """Compress with what the image has chosen."""
+    if not options.compress:
+        return
+    details = image.info.qcow2
+    if details is None:
+        options.refuse_compression_for(f"{image.info.format}: {image.name}")
+    elif isinstance(options.compress, str) and options.compress != details.compression:
+        raise invalid(f"compress is {options.compress!r}, and the target {image.name} has {details.compression}")
+
+
+def _is_same(existing: os.stat_result, path: Path | None) -> bool:
     try:
-        return image.path is not None and os.path.samestat(existing, os.stat(image.path))
+        return path is not None and os.path.samestat(existing, os.stat(path))
     except OSError:
         return False
 
@@ -250,14 +312,26 @@ def _lock_existing(path: bytes) -> Image | None:
         return None                             # missing, or such that it can only be replaced
 
 
-def _create_partial(path: bytes, size: int) -> Image:
+def _create_partial(path: bytes, size: int, format: str, options: TargetOptions) -> Image:
+    def create() -> Image:
+        return _image.create(
+            path,
+            size,
+            format=format,
+            cluster_size=options.cluster_size,
+            backing=options.backing,
+            backing_format=options.backing_format,
+            compression=options.compress if isinstance(options.compress, str) else None,
+            backing_root=options.backing_root,
+        )
+
     try:
-        return _image.create(path, size, format="raw")
+        return create()
     except FileExistsError:
         # What a backup left that was killed, or another one that runs: that one has a lock.
         _image.open(path, "r+", format="raw").close()
         os.unlink(path)
-        return _image.create(path, size, format="raw")
+        return create()
 
 
 def _remove(path: bytes, process: int) -> None:

@@ -87,7 +87,7 @@ def test_usage_errors_end_with_status_2():
 
 def test_help_and_version():
     out, _ = pyfleece("--help")
-    assert all(command in out for command in ("backup", "info", "map", "demo", "130 interrupted"))
+    assert all(command in out for command in ("backup", "info", "map", "create", "demo", "130 interrupted"))
     out, _ = pyfleece("backup", "--help")
     assert all(option in out for option in ("--speed", "--workers", "--fleecing", "--on-cbw-error", "--share"))
     out, _ = pyfleece("--version")
@@ -498,13 +498,14 @@ def test_map_agrees_with_qemu_img(make_image, size):
         else:
             theirs.append({"start": extent["start"], "length": extent["length"], "kind": kind})
     out, _ = pyfleece("map", "--json", path)
-    assert json.loads(out) == theirs
+    ours = json.loads(out)
+    assert [{key: extent[key] for key in ("start", "length", "kind")} for extent in ours] == theirs
+    assert all(extent["present"] and extent["depth"] == 0 and extent["offset"] == extent["start"] for extent in ours)
     assert sum(extent["length"] for extent in theirs) == size
     out, _ = pyfleece("map", path)
     lines = [line.split() for line in out.splitlines()[1:]]
-    assert [(int(start, 16), int(length, 16), kind) for start, length, kind in lines] == [
-        (extent["start"], extent["length"], extent["kind"]) for extent in theirs
-    ]
+    shown = [(int(start, 16), int(length, 16), kind, layer, int(at, 16)) for start, length, kind, layer, at in lines]
+    assert shown == [(e["start"], e["length"], e["kind"], "0", e["start"]) for e in theirs]
 
 
 def test_map_whose_reader_had_enough(tmp_path):

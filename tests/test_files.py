@@ -116,7 +116,7 @@ def test_xfs_that_mkfs_filled_is_read(tmp_path, options):
     """Version 4 as well, which kernels do not mount any more."""
     require("mkfs.xfs")
     content = {f"file{number}": os.urandom(number * 777) for number in range(150)}
-    long = "x" * (600 if "crc=0" in options else 100)       # mkfs.xfs 6.1 forgets the header of longer ones in version 5
+    long = "x" * (600 if "crc=0" in options else 100)   # in version 5 mkfs.xfs 6.1 forgets the header of longer ones
     lines = ["/", "0 0", "d--755 0 0", "link l--777 5 6 dir/file3", f"long l--777 0 0 {long}", "dir d--750 1 2"]
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)

@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pyfleece
-from pyfleece.commands.kit import COMMON, IMAGE, Failure, open_image, say, size, speed
+from pyfleece.commands.chain import add_point
+from pyfleece.commands.kit import COMMON, IMAGE, Failure, backing_root, open_image, say, size, snapshot_options, speed
 from pyfleece.progress import human
 from pyfleece.snapshot import POLICIES
 
@@ -37,6 +38,17 @@ def add(commands: Any) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
     parser.add_argument("--target-format", metavar="FORMAT", help="of TARGET; by default its suffix tells")
+    parser.add_argument("--target-cluster-size", metavar="SIZE", type=size, help="of a new qcow2 TARGET (default: 64K)")
+    parser.add_argument("--backing", metavar="FILE", help="backing file of a new qcow2 TARGET: relative to TARGET")
+    parser.add_argument("--backing-format", choices=("raw", "qcow2"), help="of that backing file; never guessed")
+    parser.add_argument(
+        "--compress",
+        choices=("zlib", "zstd"),
+        nargs="?",
+        const=True,
+        default=False,
+        help="write the clusters of a qcow2 TARGET compressed (without a value: zlib)",
+    )
     parser.add_argument("--granularity", metavar="SIZE", type=size, help="bytes that are copied at a time")
     parser.add_argument("--workers", metavar="N", type=int, help="threads that copy")
     parser.add_argument("--speed", metavar="SIZE", type=speed, help="limit in bytes per second")
@@ -53,10 +65,28 @@ def add(commands: Any) -> None:
     group.add_argument("--cluster-size", metavar="SIZE", type=size, help="the unit in which old data is saved")
     group.add_argument("--on-cbw-error", choices=POLICIES, default="break-snapshot", help="when it can't be saved")
     group.add_argument("--cbw-timeout", metavar="SECONDS", type=float, default=45.0, help="a write's longest wait")
+    chain = parser.add_argument_group(
+        "a directory of backups",
+        "With --incremental, TARGET is a directory in which each backup becomes one more point in time. See `pyfleece "
+        "points`, `verify` and `restore`.",
+    )
+    chain.add_argument(
+        "--incremental",
+        action="store_true",
+        help="copy only what was changed since the newest point; all, where that is not known (the reason is told)",
+    )
+    chain.add_argument("--keep", metavar="N", type=int, help="then drop all but the newest N points")
+    chain.add_argument("--bitmap-granularity", metavar="SIZE", type=size, default=65536, help="of the dirty bitmap")
+    chain.add_argument("--write-intent", action="store_true", help="the bitmap outlives a crash of the machine")
     parser.set_defaults(run=_backup)
 
 
 def _backup(args: argparse.Namespace) -> None:
+    if args.incremental:
+        add_point(args)
+        return
+    if args.keep is not None:
+        raise Failure("--keep is for a directory of backups: with --incremental")
     to_stdout = args.target == "-"
     target = _Stdout() if to_stdout else args.target
     if args.share:
@@ -64,16 +94,7 @@ def _backup(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         source = stack.enter_context(open_image(args, args.source, "source"))
         disk = stack.enter_context(pyfleece.Disk(source))
-        snapshot = stack.enter_context(
-            disk.snapshot(
-                args.fleecing,
-                cluster_size=args.cluster_size,
-                on_cbw_error=args.on_cbw_error,
-                cbw_timeout=args.cbw_timeout,
-                fleecing_limit=args.fleecing_limit,
-                stage_size=args.stage_size,
-            )
-        )
+        snapshot = stack.enter_context(disk.snapshot(**snapshot_options(args)))
         job = stack.enter_context(
             pyfleece.Backup(
                 snapshot,
@@ -83,6 +104,11 @@ def _backup(args: argparse.Namespace) -> None:
                 speed=args.speed,
                 progress=None if args.no_progress else "bar",
                 format=args.target_format,
+                compress=args.compress,
+                target_cluster_size=args.target_cluster_size,
+                backing=args.backing,
+                backing_format=args.backing_format,
+                backing_root=backing_root(args),
             )
         )
         try:

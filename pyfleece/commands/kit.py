@@ -19,25 +19,6 @@ class Failure(Exception):
     """Something to tell in one line."""
 
 
-# ---- parsers that others have as parents ----
-
-
-def _parents() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    image = argparse.ArgumentParser(add_help=False)
-    image.add_argument("--format", help="of the image; by default its suffix tells, never its content")
-    image.add_argument("--share", action="store_true", help="take no lock: another program may be writing the image")
-    image.add_argument("--direct", action="store_true", help="go around the page cache (O_DIRECT)")
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print JSON")
-    return common, image, as_json
-
-
-# Every command has COMMON (`main` relies on it). IMAGE is what `open_image` needs.
-COMMON, IMAGE, AS_JSON = _parents()
-
-
 # ---- types of arguments ----
 
 
@@ -59,15 +40,68 @@ def speed(text: str) -> int:
     return size(text[:-2] if text.endswith("/s") else text)
 
 
+# ---- parsers that others have as parents ----
+
+
+def _parents() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    image = argparse.ArgumentParser(add_help=False)
+    image.add_argument("--format", help="of the image; by default its suffix tells, never its content")
+    image.add_argument("--share", action="store_true", help="take no lock: another program may be writing the image")
+    image.add_argument("--direct", action="store_true", help="go around the page cache (O_DIRECT)")
+    image.add_argument("--cache-size", metavar="SIZE", type=size, help="memory for the tables of a qcow2 image")
+    backing = image.add_mutually_exclusive_group()
+    backing.add_argument(
+        "--backing-root",
+        metavar="DIR",
+        help="open backing files below this directory only (/: anywhere); by default, below that of the image itself",
+    )
+    backing.add_argument("--no-backing", action="store_true", help="open no backing files: refuse images that have one")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    return common, image, as_json
+
+
+# Every command has COMMON (`main` relies on it). IMAGE is what `open_image` needs.
+COMMON, IMAGE, AS_JSON = _parents()
+
+
 # ---- images ----
 
 
-def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> pyfleece.Image:
+def open_image(
+    args: argparse.Namespace, path: str, side: str | None = None, mode: str = "r"
+) -> pyfleece.Image:
     try:
-        return pyfleece.open(path, format=args.format, direct=args.direct, share=args.share)
+        return pyfleece.open(
+            path,
+            mode,
+            format=args.format,
+            direct=args.direct,
+            share=args.share,
+            cache_size=args.cache_size,
+            backing_root=backing_root(args),
+        )
     except Error as error:
         error.side = side
         raise
+
+
+def backing_root(args: argparse.Namespace) -> str | bool | None:
+    return False if args.no_backing else args.backing_root
+
+
+def snapshot_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `Disk.snapshot`."""
+    return {
+        "fleecing": args.fleecing,
+        "cluster_size": args.cluster_size,
+        "on_cbw_error": args.on_cbw_error,
+        "cbw_timeout": args.cbw_timeout,
+        "fleecing_limit": args.fleecing_limit,
+        "stage_size": args.stage_size,
+    }
 
 
 # ---- output ----

@@ -1,8 +1,8 @@
 /* stress.c: many writers against snapshots that are cut, read, released, backed up and closed all the time; checked byte for byte.
  *
- * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct]
+ * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct] [--source FORMAT] [--fleecing FORMAT]
  *
- * The source and the fleecing images are made in DIR. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
+ * The source and the fleecing images are made in DIR; FORMAT: raw or qcow2, whose shapes come from the seed, and whose files are checked at the end. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
  * writers out for a moment, so that every byte of the snapshot is known; a hot one runs among them and is checked by what the granules
  * say of themselves, and by chains: a writer's sector X is written, then Y, then (on a second disk) Z, each after the one before was
  * acknowledged, so at one instant Z <= Y <= X <= Z + 1.
@@ -17,6 +17,7 @@
 #include <signal.h>
 
 #include "guest.h"
+#include "qcow2_make.h"
 #include "shot.h"
 
 #define READERS 3
@@ -25,7 +26,7 @@
 
 static const char *directory;
 static uint64_t seed = 1;
-static bool direct;
+static bool direct, qcow2_source, qcow2_fleecing;
 static fl_image *source, *twin_image;
 
 /* ---- the users of snapshots ---- */
@@ -224,6 +225,29 @@ static void *backup_body(void *argument)
     return NULL;
 }
 
+/* ---- images of any format ---- */
+
+/* A qcow2 image of a shape that `random` chooses; its caches are as small as they get. */
+static fl_image *make_qcow2(const char *path, uint64_t size, bool with_backing, uint64_t *random)
+{
+    struct shape shape = { .version = chance(random, 85) ? 3 : 2, .cluster_bits = 9 + 3 * (unsigned)below(random, 3), .refcount_order = 4, .size = size };
+    fl_image_options options = { .format = "qcow2", .writable = 1, .direct = direct, .cache_size = chance(random, 70) ? 1 : 0 };
+    fl_image *image = NULL;
+    char backing[4200];
+    if (shape.version == 3 && shape.cluster_bits > 9)
+        shape.refcount_order = (unsigned)below(random, 7);
+    if (with_backing && shape.version == 3) {           /* shorter than the disk, and zeros: what it holds is not what is tested here */
+        snprintf(backing, sizeof backing, "%s.backing", path);
+        shape.backing = strrchr(backing, '/') + 1;
+        int fd = open(backing, O_CREAT | O_TRUNC | O_WRONLY, 0666);
+        CHECK(fd >= 0 && ftruncate(fd, (off_t)(size / 2)) == 0, "%s", backing);
+        close(fd);
+    }
+    make_image(path, &shape);
+    MUST(fl_image_open(path, &options, &image, &why));
+    return image;
+}
+
 /* ---- cutting and closing ---- */
 
 static fl_image *make_fleecing(uint64_t size, fl_image **inner, uint64_t *random)
@@ -235,7 +259,14 @@ static fl_image *make_fleecing(uint64_t size, fl_image **inner, uint64_t *random
     slow.seed = next_random(random);
     bad_write.seed = next_random(random);
     bad_read.seed = next_random(random);
-    MUST(fl_image_create_nameless(directory, size, inner, &why));
+    if (qcow2_fleecing) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/fleecing.qcow2", directory);
+        *inner = make_qcow2(path, size, false, random);
+        unlink(path);                   /* it lives as long as it is open */
+    } else {
+        MUST(fl_image_create_nameless(directory, size, inner, &why));
+    }
     MUST(fl_image_faulty(*inner, &faulty, &why));
     if (tight) {
         slow.delay_ns = 10 * MILLISECOND;
@@ -431,10 +462,15 @@ static fl_image *make_source(const char *name, uint64_t size, fl_image **inner)
     fl_image_options options = { .format = "raw", .writable = 1, .direct = direct };
     fl_fault slow = { .ops = FL_OP_READ, .action = FL_FAULT_DELAY, .nth = 1, .delay_ns = MILLISECOND,
                       .probability = 0.05, .seed = seed };
+    uint64_t random = seed;
     snprintf(path, sizeof path, "%s/%s", directory, name);
     unlink(path);
-    MUST(fl_image_create(path, size, &options, inner, &why));
-    unlink(path);
+    if (qcow2_source) {
+        *inner = make_qcow2(path, size, true, &random);
+    } else {
+        MUST(fl_image_create(path, size, &options, inner, &why));
+        unlink(path);
+    }
     MUST(fl_image_faulty(*inner, &faulty, &why));
     MUST(fl_fault_add(faulty, &slow, &why));
     return faulty;
@@ -454,6 +490,19 @@ static void fill(fl_image *image)
     }
     random_bytes(model + BODY_END, 300, &random);
     MUST(fl_image_pwrite(image, model + BODY_END, 300, BODY_END, &why));
+}
+
+/* The file of a source that was closed. */
+static void check_file_of(const char *name)
+{
+    char path[4200];
+    if (!qcow2_source)
+        return;
+    snprintf(path, sizeof path - 10, "%s/%s", directory, name);
+    check_image(path, 0);
+    unlink(path);
+    strcat(path, ".backing");
+    unlink(path);
 }
 
 static void check_live(void)
@@ -524,7 +573,8 @@ int main(int argc, char **argv)
 {
     static const struct option names[] = {
         { "seconds", required_argument, NULL, 's' }, { "seed", required_argument, NULL, 'r' }, { "threads", required_argument, NULL, 't' },
-        { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' }, { NULL, 0, NULL, 0 }
+        { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' },
+        { "source", required_argument, NULL, 'S' }, { "fleecing", required_argument, NULL, 'F' }, { NULL, 0, NULL, 0 }
     };
     uint64_t seconds = 4;
     unsigned threads = 4;
@@ -536,12 +586,15 @@ int main(int argc, char **argv)
         case 't': threads = (unsigned)strtoul(optarg, NULL, 0); break;
         case 'm': mode = optarg; break;
         case 'd': direct = true; break;
+        case 'S': qcow2_source = !strcmp(optarg, "qcow2"); break;
+        case 'F': qcow2_fleecing = !strcmp(optarg, "qcow2"); break;
         default: return 2;
         }
     }
     bool calm_runs = strcmp(mode, "tight") != 0, tight_runs = strcmp(mode, "calm") != 0;
     if (optind != argc - 1 || threads < 1 || threads > MAX_WRITERS || (calm_runs && tight_runs && strcmp(mode, "both"))) {
-        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct]\n", MAX_WRITERS);
+        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct] "
+                "[--source raw|qcow2] [--fleecing raw|qcow2]\n", MAX_WRITERS);
         return 2;
     }
     directory = argv[optind];
@@ -558,8 +611,8 @@ int main(int argc, char **argv)
     CHECK(!pthread_rwlock_init(&exact, &attr));
     model_init(threads, seed);
     fl_image *twin_inner;
-    source = make_source("source.raw", DISK_SIZE, &beneath);
-    twin_image = make_source("twin.raw", TWIN_SIZE, &twin_inner);
+    source = make_source("source.img", DISK_SIZE, &beneath);
+    twin_image = make_source("twin.img", TWIN_SIZE, &twin_inner);
     fill(source);
     MUST(fl_disk_open(source, &disk, &why));
     MUST(fl_disk_open(twin_image, &twin, &why));
@@ -581,6 +634,8 @@ int main(int argc, char **argv)
     fl_image_free(twin_image);
     fl_image_free(beneath);
     fl_image_free(twin_inner);
+    check_file_of("source.img");
+    check_file_of("twin.img");
     check_comes_down("/proc/self/task", tasks, 5 * SECOND);
     check_comes_down("/proc/self/fd", files, 5 * SECOND);
     for (unsigned w = 0; w < writer_count; w++) {
@@ -589,7 +644,8 @@ int main(int argc, char **argv)
     }
     free(model);
     free(granules);
-    printf("seed %" PRIu64 ", %u writers, mode %s%s\n", seed, threads, mode, direct ? ", direct" : "");
+    printf("seed %" PRIu64 ", %u writers, mode %s%s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2_source ? ", qcow2 source" : "",
+           qcow2_fleecing ? ", qcow2 fleecing" : "");
     report(calm_runs, tight_runs, seconds >= LONG_RUN);
     return 0;
 }
