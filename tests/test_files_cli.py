@@ -14,6 +14,9 @@ import pytest
 from conftest import MIB, require, run
 from files_kit import BAD_NAME, assert_same, grow, make_ext, on_disk
 
+import pyfleece as library
+from pyfleece.chain import Repository
+
 SECOND = 10**9
 
 
@@ -165,3 +168,36 @@ def test_formats_and_locks_are_those_of_other_commands(image, tmp_path):
     _, err = pyfleece("ls", tmp_path / "now.vm", status=1)
     assert "does not tell the format" in err and "--format" in err
     assert pyfleece("ls", "--format", "raw", tmp_path / "now.vm")[0] == pyfleece("ls", image)[0]
+
+
+def test_files_come_out_of_qcow2(image, tmp_path):
+    require("qemu-img")
+    for options in ([], ["-c"]):
+        run("qemu-img", "convert", *options, "-O", "qcow2", image, tmp_path / "vm.qcow2")
+        assert pyfleece("ls", "-R", "-l", tmp_path / "vm.qcow2")[0] == pyfleece("ls", "-R", "-l", image)[0]
+        assert pyfleece("cat", tmp_path / "vm.qcow2", "/holes")[0] == pyfleece("cat", image, "/holes")[0]
+
+
+def test_files_come_out_of_any_point_of_a_backup(image, tmp_path):
+    """A full one and an incremental."""
+    require("debugfs")
+    path, new, backups = tmp_path / "vm.raw", tmp_path / "new.raw", tmp_path / "backups"
+    shutil.copyfile(image, path)
+    shutil.copyfile(image, new)
+    run("debugfs", "-w", "-R", "rm /link", new)
+    changed = new.read_bytes()
+    repository = Repository(backups, create=True)
+    with library.open(path, "r+") as source, library.Disk(source) as disk:
+        repository.backup(disk)
+        for offset in range(0, disk.size, 4096):
+            if disk.pread(4096, offset) != changed[offset : offset + 4096]:
+                disk.pwrite(changed[offset : offset + 4096], offset)
+        repository.backup(disk)
+    assert [point.kind for point in repository.points] == ["full", "incremental"]
+    names = [point.name for point in repository.points]
+    assert b"/link\n" in pyfleece("ls", "-R", f"{backups}@{names[0]}")[0]
+    for latest in (backups, f"{backups}@{names[1]}"):
+        assert b"/link\n" not in pyfleece("ls", "-R", latest)[0]
+        pyfleece("cp", latest, "/holes", tmp_path / "holes")
+    _, err = pyfleece("ls", f"{backups}@nothing", status=1)
+    assert "nothing" in err

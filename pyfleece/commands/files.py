@@ -12,11 +12,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pyfleece
+from pyfleece.chain import Repository, split
 from pyfleece.commands.kit import AS_JSON, COMMON, IMAGE, Failure, open_image, print_array, say
 from pyfleece.errors import Error
 from pyfleece.files import FileEntry, Files, Volume
 from pyfleece.progress import human
 
+_IMAGE = "an image; or a directory of backups, with @POINT for another point than the latest"
 _PATHS = (
     "A PATH is one inside of the image, from its root. Where the image has several volumes, it starts with the number"
     " of one and a colon, as in 2:/etc."
@@ -34,7 +36,7 @@ def add(commands: Any) -> None:
     ls.add_argument("-l", dest="long", action="store_true", help="with mode, owner, size and time (UTC)")
     ls.add_argument("-R", "--recursive", action="store_true", help="with everything below, one path a line")
     ls.add_argument("--volumes", action="store_true", help="list the volumes, even if there is one only")
-    ls.add_argument("image", metavar="IMAGE")
+    ls.add_argument("image", metavar="IMAGE|DIR[@POINT]", help=_IMAGE)
     ls.add_argument("paths", metavar="PATH", nargs="*")
     ls.set_defaults(run=_ls)
 
@@ -44,7 +46,7 @@ def add(commands: Any) -> None:
         help="write files inside of an image to standard output",
         description=f"Write files inside of an image to standard output, one after the other. {_PATHS}",
     )
-    cat.add_argument("image", metavar="IMAGE")
+    cat.add_argument("image", metavar="IMAGE|DIR[@POINT]", help=_IMAGE)
     cat.add_argument("paths", metavar="PATH", nargs="+")
     cat.set_defaults(run=_cat)
 
@@ -57,14 +59,17 @@ def add(commands: Any) -> None:
         f"copied is told, and the status is then 1. {_PATHS}",
     )
     cp.add_argument("-r", "--recursive", action="store_true", help="copy directories, and symbolic links as links")
-    cp.add_argument("image", metavar="IMAGE")
+    cp.add_argument("image", metavar="IMAGE|DIR[@POINT]", help=_IMAGE)
     cp.add_argument("paths", metavar="PATH", nargs="+")
     cp.add_argument("destination", metavar="DEST")
     cp.set_defaults(run=_cp)
 
 
 def open_source(args: argparse.Namespace) -> pyfleece.Image:
-    """What the command reads, from its argument IMAGE."""
+    """What the command reads: an image (a snapshot in a mount is one), or DIR[@POINT], a directory of backups."""
+    directory, point = split(args.image)
+    if not os.path.isfile(args.image) and os.path.isdir(directory):
+        return Repository(directory).open(point)
     return open_image(args, args.image)
 
 
