@@ -95,6 +95,10 @@ class FormatError(Error):
     """The format of an image is unknown, not supported, or damaged."""
 
 
+class FileSystemError(Error):
+    """A file system or partition table inside of an image is damaged, or of a kind that can't be read."""
+
+
 class CancelledError(Error):
     """The job was cancelled."""
 
