@@ -14,6 +14,10 @@ test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/i
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
     /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross
 
+# Where the fuzzer's runtime is depends on clang's version.
+FUZZER := $(firstword $(wildcard /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a) no-libfuzzer)
+test: NEEDS += clang:clang $(FUZZER):libclang-rt-dev
+
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.[ch] csrc/*/*.[ch])
 READY := $(VENV)/.ready
 

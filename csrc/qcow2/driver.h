@@ -137,6 +137,7 @@ struct qcow2 {
     pthread_cond_t committed;
     uint64_t commits_begun, commits_ended;
     bool commit_runs;
+    bool background;                    /* a thread was started for one */
     int commit_rc;                      /* of the last one that ended */
     fl_error commit_error;
     void *commit_buffer;                /* of the commit that runs */
@@ -202,7 +203,7 @@ void settle(struct qcow2 *q);
 int commit(struct qcow2 *q, fl_error *error);
 /* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a commit. */
 int commit_if_due(struct qcow2 *q, fl_error *error);
-int commit_all(struct qcow2 *q, fl_error *error);       /* nothing is left to do: for closing */
+int commit_all(struct qcow2 *q, fl_error *error);       /* nothing is left to do, and no thread of ours is left: for closing */
 
 /* ---- map.c ---- */
 

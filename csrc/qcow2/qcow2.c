@@ -141,7 +141,7 @@ static int qcow2_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bi
 static int qcow2_sync_close(fl_image *image, fl_error *error)
 {
     struct qcow2 *q = qcow2_of(image);
-    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;
+    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;       /* threads are started by changes only */
 }
 
 static void qcow2_destroy(fl_image *image)
