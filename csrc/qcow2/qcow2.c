@@ -168,12 +168,21 @@ static void qcow2_destroy(fl_image *image)
         pthread_mutex_destroy(locks[i]);
 }
 
+static int qcow2_descriptor(fl_image *image) { return qcow2_of(image)->io.fd; }
+
+/* A flush leaves what closing still does: clusters that wait to be freed, and their refcounts. */
+static int qcow2_settle(fl_image *image, fl_error *error)
+{
+    int rc = commit(qcow2_of(image), error);
+    return rc ? rc : qcow2_sync_close(image, error);
+}
+
 static const struct image_ops qcow2_ops = {
     .format = "qcow2",
     .readv = qcow2_readv, .writev = qcow2_writev, .zero = qcow2_zero, .discard = qcow2_discard, .flush = qcow2_flush,
     .extents = map_extents, .allocated = qcow2_allocated, .map = map_map, .write_compressed = qcow2_write_compressed, .grow = qcow2_grow,
     .info = qcow2_info, .snapshots = qcow2_snapshots, .bitmaps = qcow2_bitmaps,
-    .ends_at = qcow2_ends_at, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
+    .ends_at = qcow2_ends_at, .descriptor = qcow2_descriptor, .settle = qcow2_settle, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
 };
 
 /* ---- opening ---- */
