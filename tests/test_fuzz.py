@@ -39,10 +39,21 @@ def fuzz(target: str, scratch: Path, *options: str) -> str:
     """Run a target of the makefile; the input that fails, if one does, becomes part of the message."""
     arguments = " ".join([f"-artifact_prefix={scratch}/", *options])
     environment = {**os.environ, "FUZZ_DIRECTORY": str(scratch)}
-    command = ["make", "-s", "-C", str(FUZZ), target, f"ARGS={arguments}", f"SECONDS={SECONDS}", f"CORPUS={scratch}/corpus"]
+    command = [
+        "make",
+        "-s",
+        "-C",
+        str(FUZZ),
+        target,
+        f"ARGS={arguments}",
+        f"SECONDS={SECONDS}",
+        f"CORPUS={scratch}/corpus",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        found = [path for path in scratch.iterdir() if path.name.partition("-")[0] in ("crash", "timeout", "oom", "leak")]
+        found = [
+            path for path in scratch.iterdir() if path.name.partition("-")[0] in ("crash", "timeout", "oom", "leak")
+        ]
         packed = [base64.b64encode(zlib.compress(path.read_bytes(), 9)).decode() for path in found]
         pytest.fail(f"{done.stderr[-6000:]}\nthe input, base64 of zlib: {packed}")
     return done.stderr
