@@ -1,8 +1,8 @@
 """Build the extension module `pyfleece._native` with cffi, in API mode.
 
-The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. The
-only thing that is added is the callback through which a waiting C call asks Python whether to go on (see
-`fl_set_interrupt`).
+The declarations are the text of fleece.h between `CFFI BEGIN` and `CFFI END`: there is no second list of them. Only two
+callbacks are added: a waiting C call asks Python whether to go on (see `fl_set_interrupt`), and
+the threads of a backup show what they copy (`on_piece`).
 
 setup.py runs this file through `cffi_modules`, with the project's root as the working directory.
 """
@@ -66,7 +66,13 @@ for macro, library, *_ in OPTIONAL:
         print(f"build_ffi: no lib{library} here: images that need it will be refused", file=sys.stderr)
 
 ffi = FFI()
-ffi.cdef(declarations() + '\nextern "Python" int pyfleece_interrupt(void);\n')
+ffi.cdef(
+    declarations()
+    + """
+    extern "Python" int pyfleece_interrupt(void);
+    extern "Python" int pyfleece_piece(uint64_t, uint64_t, uint64_t, const void *);
+    """
+)
 ffi.set_source(
     "pyfleece._native",
     '#include "fleece.h"',

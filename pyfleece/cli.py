@@ -14,7 +14,7 @@ import traceback
 from types import FrameType
 
 import pyfleece
-from pyfleece.commands import backup, check, demo, image
+from pyfleece.commands import backup, bench, chain, check, demo, image
 from pyfleece.commands.kit import Failure, say
 from pyfleece.demo import DemoError
 from pyfleece.errors import Error, FormatError, ImageLockedError
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyfleece {pyfleece.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    for group in (backup, image, check, demo):
+    for group in (backup, chain, image, check, bench, demo):
         group.add(commands)
     return parser
 

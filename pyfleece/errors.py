@@ -75,6 +75,10 @@ class OutsideBitmapError(Error):
     """This range is not in the dirty bitmap that the snapshot was taken with."""
 
 
+class InconsistentBitmapError(Error):
+    """The dirty bitmap may miss writes, so it is no base for an incremental: only a full backup is a backup."""
+
+
 class OutOfRangeError(Error, ValueError):
     """The range is negative, or ends beyond the end of the image."""
 
@@ -115,6 +119,7 @@ _OWN: dict[int, type[Error]] = {
     lib.FL_EDISCARDED: DiscardedError,
     lib.FL_ELOST: LostError,
     lib.FL_EOUTSIDE: OutsideBitmapError,
+    lib.FL_EINCONSISTENT: InconsistentBitmapError,
     lib.FL_ERANGE: OutOfRangeError,
     lib.FL_ECLOSED: ClosedError,
     lib.FL_EFORKED: ForkedError,

@@ -87,6 +87,7 @@ def snapshot_group(
     *,
     cluster_size: int | None = None,
     bitmap: str | Sequence[str | None] | Mapping[Disk, str | None] | None = None,
+    bitmap_mode: str = "on-success",
     on_cbw_error: str = "break-snapshot",
     cbw_timeout: float = 45.0,
     fleecing_limit: int | None = None,
@@ -130,6 +131,7 @@ def snapshot_group(
             snapshots = cut(
                 disks,
                 each,
+                bitmap_mode=bitmap_mode,
                 cluster_size=cluster_size,
                 on_cbw_error=on_cbw_error,
                 cbw_timeout=cbw_timeout,

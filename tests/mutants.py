@@ -353,22 +353,22 @@ MUTANTS = [
     _mutant(
         "i6_close_forgets_what_was_frozen",
         "disk.c",
-        "        if (!atomic_load(&snapshot->committed))\n",
+        "        if (snapshot->settled == UNSETTLED)\n",
         "        if (0)\n",
         "i6_cut_freezes_and_close_gives_back",
     ),
     _mutant(
         "i6_commit_is_ignored",
-        "disk.c",
-        "        if (!atomic_load(&snapshot->committed))\n",
-        "",
+        "dirty.c",
+        "    bool all = snapshot->bitmap_mode == FL_BITMAP_NEVER || (!commit && ",
+        "    bool all = snapshot->bitmap_mode == FL_BITMAP_NEVER || (",
         "i6_cut_freezes_and_close_gives_back",
     ),
     _mutant(
         "i6_cut_keeps_the_old_bitmap",
         "disk.c",
-        "        part->dirty->bits = part->fresh;\n",
-        "        bitmap_init(&part->dirty->bits, snapshot->frozen.bits);\n"
+        "        snapshot->frozen = part->fresh;\n",
+        "        snapshot->frozen = part->fresh;\n"
         "        bitmap_merge(&part->dirty->bits, &snapshot->frozen);\n",
         "i6_cut_freezes_and_close_gives_back",
     ),
