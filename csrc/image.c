@@ -207,6 +207,13 @@ int image_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *er
 }
 
 /* An image that is open for reading has nothing to flush. */
+int image_settle(fl_image *image, fl_error *error)
+{
+    if (!image->writable)
+        return 0;
+    return image->ops->settle ? image->ops->settle(image, error) : image_flush(image, error);
+}
+
 int image_flush(fl_image *image, fl_error *error)
 {
     return image->writable ? image->ops->flush(image, error) : 0;

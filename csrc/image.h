@@ -38,6 +38,8 @@ struct image_ops {
     uint64_t (*ends_at)(fl_image *image);
     /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at only. NULL: there is none. */
     int (*descriptor)(fl_image *image);
+    /* Flush, and write all that closing would still write: until the next change through the image its file does not change. NULL: flush does that. */
+    int (*settle)(fl_image *image, fl_error *error);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -94,6 +96,8 @@ static inline uint64_t image_ends_at(fl_image *image)
 {
     return image->ops->ends_at ? image->ops->ends_at(image) : UINT64_MAX;
 }
+
+int image_settle(fl_image *image, fl_error *error);
 
 static inline int image_descriptor(fl_image *image)
 {

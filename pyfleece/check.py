@@ -32,8 +32,8 @@ class Finding:
     repaired: bool
 
     def __str__(self) -> str:
-        named = (("guest", self.guest), ("host", self.host))
-        places = [f"{name} offset {at:#x}" for name, at in named if at is not None]
+        offsets = (("guest", self.guest), ("host", self.host))
+        places = [f"{name} offset {at:#x}" for name, at in offsets if at is not None]
         if self.host is not None and self.length:
             places[-1] += f", {self.length} bytes"
         what = f"{'repaired ' if self.repaired else ''}{self.kind}"

@@ -19,7 +19,8 @@ from conftest import missing
 
 SECONDS = float(os.environ.get("PYFLEECE_STRESS_SECONDS", "4"))
 SEED = os.environ.get("PYFLEECE_STRESS_SEED") or str(random.randrange(1, 1 << 32))
-PROGRAMS = sorted(source.stem for pattern in ("test_image*.c", "test_backup*.c", "test_qcow2*.c") for source in C.glob(pattern))
+PATTERNS = ("test_image*.c", "test_backup*.c", "test_qcow2*.c", "test_fuse.c")
+PROGRAMS = sorted(source.stem for pattern in PATTERNS for source in C.glob(pattern))
 
 
 def stress(flavour: str, directory: Path, *options: str, seconds: float = SECONDS) -> dict[str, int]:
