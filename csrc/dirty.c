@@ -466,7 +466,7 @@ static struct dirty *adopt(struct kept *kept)
 
 static int close_file(fl_disk *disk, struct sidecar *sidecar, fl_error *error)
 {
-    int rc = disk->writable ? image_flush(disk->source, error) : 0;     /* S3: without it the file stays "in use", which is the truth */
+    int rc = image_settle(disk->source, error);         /* S3: without it the file stays "in use", which is the truth */
     int closing = sidecar_close(sidecar, rc == 0, image_descriptor(disk->source), rc ? NULL : error);
     return rc ? rc : closing;
 }

@@ -291,11 +291,9 @@ int sidecar_open(const char *path, bool create, int disk_fd, uint64_t size, stru
     pthread_mutex_init(&sidecar->lock, NULL);
     pthread_mutex_init(&sidecar->touch_lock, NULL);
     pthread_mutex_init(&sidecar->sync_lock, NULL);
-    int rc = sidecar_identify(disk_fd, size, &now);
-    if (rc)
-        rc = fail(error, -rc, FL_SIDE_NONE, 0, 0, "nothing tells which disk this is: its dirty bitmaps can't be kept in a file");
-    if (rc == 0)
-        rc = open_file(sidecar, create, &created, error);
+    int rc = open_file(sidecar, create && disk_fd >= 0, &created, error);       /* no file: that comes first */
+    if (rc == 0 && (rc = sidecar_identify(disk_fd, size, &now)) != 0)
+        fail(error, -rc, FL_SIDE_NONE, 0, 0, "nothing tells which disk this is: its dirty bitmaps can't be kept in a file");
     if (rc)
         goto out;
     sidecar->header.disk = now;

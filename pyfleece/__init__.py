@@ -38,6 +38,7 @@ from pyfleece.files import FileEntry, Files, Volume, files
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
 from pyfleece.image import Image, create, open
 from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
+from pyfleece.mount import Mount, MountSnapshot, mount
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -77,6 +78,8 @@ __all__ = [
     "Latency",
     "LostError",
     "MapEntry",
+    "Mount",
+    "MountSnapshot",
     "OutOfRangeError",
     "OutsideBitmapError",
     "PersistentBitmap",
@@ -96,6 +99,7 @@ __all__ = [
     "check",
     "create",
     "files",
+    "mount",
     "open",
     "snapshot_group",
 ]

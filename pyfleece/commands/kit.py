@@ -71,7 +71,7 @@ COMMON, IMAGE, AS_JSON = _parents()
 
 
 def open_image(
-    args: argparse.Namespace, path: str, side: str | None = None, mode: str = "r"
+    args: argparse.Namespace, path: str, side: str | None = None, mode: str = "r", *, inspect: bool = False
 ) -> pyfleece.Image:
     try:
         return pyfleece.open(
@@ -82,6 +82,7 @@ def open_image(
             share=args.share,
             cache_size=args.cache_size,
             backing_root=backing_root(args),
+            inspect=inspect,
         )
     except Error as error:
         error.side = side

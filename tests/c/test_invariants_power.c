@@ -6,7 +6,7 @@
  * files that come out are opened as after a reboot, and where a bitmap is said to be good, every page of the image that is not what it was when the bitmap
  * began must be dirty in it.
  *
- * POWER_LOSSES in the environment: how many (default: 150). POWER_SEED: begin with another random state.
+ * POWER_LOSSES in the environment: how many. POWER_SEED: begin with another random state.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -42,9 +42,10 @@ struct file {
 };
 
 static struct file image, side;
+static bool closely;                    /* look more often: opening, closing, the end of a snapshot */
 static bool looking;                    /* our own calls are not recorded */
 static uint64_t random_state;
-static unsigned losses, wanted = 150, refused;
+static unsigned losses, wanted, refused;
 
 static void push(struct page *page, const unsigned char *bytes)
 {
@@ -116,12 +117,14 @@ static void current_image(unsigned char *to)
 
 /* ---- the power fails ---- */
 
-enum style { ANY, MARKS_OLD_DATA_NEW, ALL_NEW, STYLES };
+/* Of what is on its way: anything, or what looks worst: a side is all there, the other one is not yet. */
+enum style { ANY, DATA_NEW, HEADER_AND_DATA_NEW, FILE_NEW, STYLES };
+enum part { IMAGE, HEADER, MARKS };
 
-static const unsigned char *pick(const struct page *page, enum style style, bool is_image)
+static const unsigned char *pick(const struct page *page, enum style style, enum part part)
 {
-    unsigned v = style == ALL_NEW || (style == MARKS_OLD_DATA_NEW && is_image) ? page->versions - 1
-        : style == MARKS_OLD_DATA_NEW ? 0 : (unsigned)below(&random_state, page->versions);
+    bool newest = style == FILE_NEW ? part != IMAGE : part == IMAGE || (part == HEADER && style == HEADER_AND_DATA_NEW);
+    unsigned v = style == ANY ? (unsigned)below(&random_state, page->versions) : newest ? page->versions - 1 : 0;
     return page->version[v]->bytes;
 }
 
@@ -131,9 +134,10 @@ static void copy_out(const struct file *file, const char *path, enum style style
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
     CHECK(fd >= 0 && !ftruncate(fd, (off_t)(file->pages * PAGE)));
     for (size_t i = 0; i < file->pages; i++) {
-        memcpy(bytes, pick(&file->page[i], style, is_image), PAGE);
-        if (style == ANY && !is_image && i % (SIDECAR_SLOT_BYTES / PAGE) == 0 && chance(&random_state, 30)) {
-            memcpy(other, pick(&file->page[i], style, is_image), PAGE);         /* torn */
+        enum part part = is_image ? IMAGE : i * PAGE < SIDECAR_ALIVE_AT ? HEADER : MARKS;
+        memcpy(bytes, pick(&file->page[i], style, part), PAGE);
+        if (style == ANY && part == HEADER && chance(&random_state, 30)) {
+            memcpy(other, pick(&file->page[i], style, part), PAGE);             /* torn */
             for (unsigned sector = 0; sector < PAGE; sector += 512)
                 if (chance(&random_state, 50))
                     memcpy(bytes + sector, other + sector, 512);
@@ -240,10 +244,9 @@ static void look(unsigned percent)
     looking = true;
     look_at(&image);
     look_at(&side);
-    if (losses < wanted && chance(&random_state, percent)) {
-        power_fails(MARKS_OLD_DATA_NEW);
-        power_fails(ANY);
-    }
+    if (losses < wanted && chance(&random_state, percent * (closely ? 5 : 1)))
+        for (int style = ANY; style < STYLES; style++)
+            power_fails((enum style)style);
     looking = false;
     errno = saved;
 }
@@ -318,16 +321,20 @@ static void start_looking(struct file *file)
 static void open_disk(int create)
 {
     fl_image_options options = { .format = "raw", .writable = 1 };
+    closely = true;
     MUST(fl_image_open(image.path, &options, &source, &why));
     MUST(fl_disk_open(source, &disk, &why));
     MUST(fl_disk_bitmap_file(disk, side.path, create, &why));
+    closely = false;
 }
 
 static void close_disk(void)
 {
+    closely = true;
     MUST(fl_disk_close(disk, &why));
     fl_disk_free(disk);
     fl_image_free(source);
+    closely = false;
 }
 
 static void change(void)
@@ -356,7 +363,7 @@ static void begins_with(int bitmap, const unsigned char *base, bool done)
     }
 }
 
-static void cut_and_settle(int bitmap)
+static void cut_and_settle(int bitmap, unsigned commits)
 {
     struct wanted *demand = &demands[bitmap];
     fl_snapshot_options options = { .cluster_size = PAGE, .cbw_timeout = SECOND, .stage_size = 4 << 20, .bitmap = names[bitmap] };
@@ -365,13 +372,15 @@ static void cut_and_settle(int bitmap)
     MUST(fl_snapshot_cut(&disk, &options, 1, &snapshot, &why));
     for (uint64_t n = below(&random_state, 4); n; n--)
         change();
-    if (chance(&random_state, 60)) {
+    closely = true;
+    if (chance(&random_state, commits)) {
         begins_with(bitmap, demand->at_cut, false);
         MUST(fl_snapshot_commit(snapshot, &why));
         begins_with(bitmap, demand->at_cut, true);
         change();
     }
     fl_snapshot_free(snapshot);
+    closely = false;
 }
 
 static void clear_it(int bitmap)
@@ -393,10 +402,39 @@ static void add_it(int bitmap)
     demands[bitmap].being_added = false;
 }
 
-TEST(i6_power_loss)
+/* Open it again. All is good then. */
+static void reopen(void)
 {
-    const char *number = getenv("POWER_LOSSES"), *seed = getenv("POWER_SEED");
-    wanted = number ? (unsigned)atoi(number) : wanted;
+    close_disk();
+    look(10);
+    open_disk(0);
+    for (int b = 0; b < BITMAPS; b++) {
+        fl_bitmap_state state;
+        if (!demands[b].bases)
+            continue;
+        MUST(fl_disk_bitmap_state(disk, names[b], &state, &why));
+        CHECK(!state.inconsistent, "%s: %s", names[b], state.problem);
+    }
+    look(10);
+}
+
+/* For a while there is none in write-intent mode, whose syncs the others profit from. */
+static void only_the_plain_one(void)
+{
+    demands[INTENT].bases = 0;
+    MUST(fl_disk_bitmap_remove(disk, names[INTENT], &why));
+    for (int i = 0; i < 2; i++) {
+        change();
+        cut_and_settle(PLAIN, 50);
+        reopen();
+    }
+    add_it(INTENT);
+}
+
+static void begin(unsigned number)
+{
+    const char *losses_wanted = getenv("POWER_LOSSES"), *seed = getenv("POWER_SEED");
+    wanted = losses_wanted ? (unsigned)atoi(losses_wanted) : number;
     random_state = seed ? strtoull(seed, NULL, 10) : clock_ns();
     printf("POWER_SEED=%" PRIu64 "\n", random_state);
     fflush(stdout);
@@ -418,6 +456,25 @@ TEST(i6_power_loss)
     start_looking(&side);
     add_it(PLAIN);
     add_it(INTENT);
+}
+
+/* What was frozen is in the area that counts before the other one does not count any more. */
+TEST(i6_power_loss_at_an_abort)
+{
+    begin(120);
+    while (losses < wanted) {
+        for (int i = 0; i < 4; i++)
+            change();
+        MUST(fl_disk_flush(disk, &why));
+        cut_and_settle(INTENT, 0);
+    }
+    CHECK(demands[INTENT].bad == 0);
+    close_disk();
+}
+
+TEST(i6_power_loss)
+{
+    begin(320);
     while (losses < wanted) {
         unsigned what = (unsigned)below(&random_state, 100);
         int bitmap = (int)below(&random_state, BITMAPS);
@@ -426,27 +483,21 @@ TEST(i6_power_loss)
         } else if (what < 70) {
             MUST(fl_disk_flush(disk, &why));
         } else if (what < 82) {
-            cut_and_settle(bitmap);
+            cut_and_settle(bitmap, 50);
         } else if (what < 88) {
             clear_it(bitmap);
-        } else if (what < 92) {
+        } else if (what < 94) {
+            only_the_plain_one();
+        } else if (what < 96) {
             demands[bitmap].bases = 0;
             MUST(fl_disk_bitmap_remove(disk, names[bitmap], &why));
             add_it(bitmap);
         } else {
-            close_disk();
-            look(20);
-            open_disk(0);
-            fl_bitmap_state state;
-            for (int b = 0; b < BITMAPS; b++) {
-                MUST(fl_disk_bitmap_state(disk, names[b], &state, &why));
-                CHECK(!state.inconsistent, "%s: %s", names[b], state.problem);
-            }
-            look(20);
+            reopen();
         }
     }
     printf("%u power losses; in write-intent mode %u were good, %u not; else %u were good, %u not; %u files were refused\n", losses, demands[INTENT].good,
            demands[INTENT].bad, demands[PLAIN].good, demands[PLAIN].bad, refused);
-    CHECK(demands[INTENT].bad == 0 && demands[INTENT].good > losses / 2 && demands[PLAIN].good, "too few were good to prove anything");
+    CHECK(demands[INTENT].bad == 0 && demands[INTENT].good > losses / 10 && demands[PLAIN].good > losses / 20, "too few were good to prove anything");
     close_disk();
 }
