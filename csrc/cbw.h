@@ -26,6 +26,14 @@ struct fl_disk {
     struct sidecar *sidecar;    /* the file of the persistent ones, or NULL */
 };
 
+/* ---- for the front ends ---- */
+
+/* A reference, which keeps the memory but not the disk open. -FL_ECLOSED, -FL_EFORKED. */
+int disk_use(fl_disk *disk, fl_error *error);
+void disk_unref(fl_disk *disk);
+/* Bytes that the source occupies; 0 when the disk is closed. */
+uint64_t disk_allocated(fl_disk *disk);
+
 enum change { CHANGE_WRITE, CHANGE_ZERO, CHANGE_DISCARD };
 
 /* A guest's write (`data`), zero or discard of [offset, offset + count), which is inside the disk. Returns when the source is changed. */

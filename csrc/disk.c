@@ -12,7 +12,17 @@
 
 static atomic_uint_least64_t last_id;
 
-static void disk_unref(fl_disk *disk)
+int disk_use(fl_disk *disk, fl_error *error)
+{
+    int rc = gate_pass(&disk->life, "disk", error);
+    if (rc)
+        return rc;
+    atomic_fetch_add(&disk->references, 1);
+    gate_leave(&disk->life);
+    return 0;
+}
+
+void disk_unref(fl_disk *disk)
 {
     if (atomic_fetch_sub(&disk->references, 1) != 1)
         return;
@@ -103,6 +113,27 @@ int fl_disk_pread(fl_disk *disk, void *buffer, size_t count, uint64_t offset, fl
         error->side = FL_SIDE_SOURCE;
     gate_leave(&disk->life);
     return rc;
+}
+
+int fl_disk_extents(fl_disk *disk, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+{
+    int rc = gate_pass(&disk->life, "disk", error);
+    if (rc)
+        return rc;
+    rc = image_extents(disk->source, offset, length, extents, max, found, error);
+    if (rc && error)
+        error->side = FL_SIDE_SOURCE;
+    gate_leave(&disk->life);
+    return rc;
+}
+
+uint64_t disk_allocated(fl_disk *disk)
+{
+    if (gate_enter(&disk->life))
+        return 0;
+    uint64_t allocated = disk->source->ops->allocated(disk->source);
+    gate_leave(&disk->life);
+    return allocated;
 }
 
 int fl_disk_flush(fl_disk *disk, fl_error *error)

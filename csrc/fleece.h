@@ -79,6 +79,7 @@ typedef struct fl_image_options {
     /* Backing files are opened below this directory only, symbolic links resolved. NULL: the directory of the image that names them; "/":
        anywhere; "-": never. Always read-only, and only with a format that the image tells. */
     const char *backing_root;
+    int inspect;                /* to look at only: no backing file is opened, and what is on the disk can't be read. Not with `writable` */
     /* of fl_image_create only, and for qcow2 only */
     uint32_t cluster_size;      /* a power of two, 512 bytes to 2 MiB; 0: 64 KiB */
     const char *backing;        /* what the image shall say: a relative path is relative to the image's directory. NULL: none */
@@ -244,6 +245,8 @@ int fl_disk_pwrite(fl_disk *disk, const void *buffer, size_t count, uint64_t off
 int fl_disk_zero(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
 int fl_disk_discard(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
 int fl_disk_flush(fl_disk *disk, fl_error *error);
+/* As fl_image_extents, of what the source holds now. */
+int fl_disk_extents(fl_disk *disk, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 /* Ends the disk's snapshots too: their later reads fail with -FL_ECLOSED. */
 int fl_disk_close(fl_disk *disk, fl_error *error);
 void fl_disk_free(fl_disk *disk);
@@ -407,6 +410,63 @@ int fl_backup_cancel(fl_backup *job);
 /* Cancel, and wait up to half a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
 int fl_backup_close(fl_backup *job, fl_error *error);
 void fl_backup_free(fl_backup *job);
+
+/* ---- mount: disks and their snapshots as files (FUSE). -ENOSYS from fl_mount_start where this was built without libfuse3 ----
+ *
+ *   MOUNTPOINT/NAME                     a disk
+ *   MOUNTPOINT/.snap/CUT/NAME           its state at a cut: holes can be punched (a discard), nothing can be written
+ *   MOUNTPOINT/.snap/CUT/STEM.changed   of an incremental: the same, but what is not in the bitmap is a hole. STEM: NAME without its suffix,
+ *                                       or all of it where two disks have the same
+ *
+ * Threads of the mount's own (fl-fuse) serve all of it. Cuts are made by whoever takes the requests for them: mkdir and rmdir in .snap wait
+ * in fl_mount_next_request for somebody who makes snapshots and shows them, or hides and ends them, and then answers.
+ */
+
+typedef struct fl_mount fl_mount;
+
+typedef struct fl_mount_options {
+    uint32_t threads;           /* 1 to 256; 0: the default. Requests that are worked on at once */
+    int allow_other;            /* other users may use it, as far as the files' modes let them */
+} fl_mount_options;
+
+enum fl_mount_request_kind { FL_MOUNT_MKDIR, FL_MOUNT_RMDIR };
+
+typedef struct fl_mount_request {
+    uint64_t id;
+    int kind;                   /* enum fl_mount_request_kind */
+    char name[256];             /* in .snap; any bytes but '/' */
+} fl_mount_request;
+
+typedef struct fl_mount_failure {
+    char path[640];             /* below the mount point */
+    fl_error error;
+    uint64_t left_out;          /* like it, on the same file, since the last one that was told; or, with an empty path, failures of any kind that
+                                   nobody fetched in time */
+} fl_mount_failure;
+
+/* Mount on an empty directory. `names` are file names, each once. The mount keeps the disks' memory alive, but not the disks open: a file of a disk
+   that was closed fails with ESTALE. -EINVAL; -errno with what libfuse said. */
+int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *const *names, size_t count, const fl_mount_options *options,
+                   fl_mount **mount, fl_error *error);
+/* Show snapshots as .snap/`cut`: in the order of the disks, NULL for a disk that is not in it. They are the caller's; the mount keeps their memory
+   alive. -EEXIST, -EINVAL. */
+int fl_mount_show(fl_mount *mount, const char *cut, fl_snapshot *const *snapshots, fl_error *error);
+/* Take the directory away; files that are open go on working as long as their snapshots live. -ENOENT. */
+int fl_mount_hide(fl_mount *mount, const char *cut, fl_error *error);
+/* The oldest mkdir or rmdir that nobody took: 0, -FL_ERUNNING when there is none within `timeout`, -FL_EEND after the end. */
+int fl_mount_next_request(fl_mount *mount, uint64_t timeout, fl_mount_request *request, fl_error *error);
+/* End a request that was taken: with success (code 0; a mkdir must have been shown), or with a positive errno and the story behind it, which
+   is then .snap's attribute user.pyfleece.error. */
+int fl_mount_answer(fl_mount *mount, uint64_t id, int code, const char *story, fl_error *error);
+/* What failed in reads and writes: 0, -FL_ERUNNING when nothing did within `timeout`, -FL_EEND after the end. */
+int fl_mount_next_failure(fl_mount *mount, uint64_t timeout, fl_mount_failure *failure, fl_error *error);
+int fl_mount_open_files(fl_mount *mount, uint64_t *count, fl_error *error);
+/* 0 when it is unmounted, by whomever; -FL_ERUNNING. */
+int fl_mount_wait(fl_mount *mount, uint64_t timeout, fl_error *error);
+/* Unmount, end the snapshots that are shown, let the requests that run end (those that hang in storage are waited for up to 5 s). Files that are
+   open fail with ENOTCONN from then on. */
+int fl_mount_close(fl_mount *mount, fl_error *error);
+void fl_mount_free(fl_mount *mount);
 
 /* ---- load: a guest that reads and writes, and how long each of its operations took; for measuring what a snapshot costs it ---- */
 

@@ -68,7 +68,7 @@ struct fl_image {
     const struct image_ops *ops;
     uint64_t size;
     uint32_t cluster_size, alignment;
-    bool writable, block_device, direct;
+    bool writable, block_device, direct, inspect;
     char *name;                 /* for messages: the path (a long one: its end), or what it is */
 
     atomic_bool punches;        /* discard gives space back and the range then reads as zeros; goes false when that turns out not to work */

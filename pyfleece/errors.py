@@ -95,6 +95,10 @@ class FormatError(Error):
     """The format of an image is unknown, not supported, or damaged."""
 
 
+class FileSystemError(Error):
+    """A file system or partition table inside of an image is damaged, or of a kind that can't be read."""
+
+
 class CancelledError(Error):
     """The job was cancelled."""
 
@@ -186,3 +190,16 @@ def from_os_error(
 def invalid(text: str) -> ArgumentError:
     """An argument that is rejected before C sees it."""
     return ArgumentError(_errno.EINVAL, text)
+
+
+def describe(error: BaseException) -> str:
+    """A failure in one line for people: which side, what, and where."""
+    text = str(error)
+    if isinstance(error, Error):
+        if error.side is not None:
+            text = f"{error.side}: {text}"
+        if error.offset is not None and str(error.offset) not in text:
+            text += f" (at {error.offset}, {error.length} bytes)"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__

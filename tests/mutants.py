@@ -516,8 +516,8 @@ MUTANTS = [
         "i6_another_file_is_not_seen",
         "sidecar_identity.c",
         "!(now->device ? same_device : same_file)(then, now, known, same_boot))\n",
-        "(now->device && !same_device(then, now, known, same_boot)) ||\n"
-        "        (0 && same_file(then, now, known, same_boot)))\n",
+        "(now->device && !same_device(then, now, known, same_boot)) || "
+        "(0 && same_file(then, now, known, same_boot)))\n",
         "i6_changed_underneath",
     ),
     _mutant(

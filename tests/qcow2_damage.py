@@ -31,8 +31,16 @@ KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "2M": ("cluster_size=2M", "32M", ("write -P 1 0 3M",)),
     "1bit": ("refcount_bits=1,cluster_size=4096", "4M", WRITES),
     "64bit": ("refcount_bits=64,cluster_size=1024", "4M", (*WRITES, "snapshot one", "write -P 5 0 100k")),
-    "2bit": ("refcount_bits=2", "4M", (*WRITES, "snapshot one", "write -P 5 0 100k", "snapshot two", "write -P 7 64k 8k")),
-    "snapshots": ("cluster_size=4096", "4M", (*WRITES, "snapshot one", "write -P 5 0 100k", "snapshot two", "write -P 6 64k 8k")),
+    "2bit": (
+        "refcount_bits=2",
+        "4M",
+        (*WRITES, "snapshot one", "write -P 5 0 100k", "snapshot two", "write -P 7 64k 8k"),
+    ),
+    "snapshots": (
+        "cluster_size=4096",
+        "4M",
+        (*WRITES, "snapshot one", "write -P 5 0 100k", "snapshot two", "write -P 6 64k 8k"),
+    ),
     "bitmaps": ("", "4M", (*WRITES, "bitmap b0 65536", "bitmap b1 512", "write -P 9 700k 80k")),
     "zlib": ("", "4M", COMPRESSING),
     "zstd": ("compression_type=zstd", "4M", COMPRESSING),
@@ -78,7 +86,9 @@ def qemu_read(path: Path, snapshot: str | None = None) -> bytes | None:
 
 
 class Tables:
-    """Where things are in the bytes of an image, which can be changed: `image[offset]` is the number of 8 bytes there."""
+    """Where things are in the bytes of an image, which can be changed: `image[offset]` is the number of 8 bytes
+    there.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.data = bytearray(data)

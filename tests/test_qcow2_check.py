@@ -69,9 +69,9 @@ def test_sound_images(kind, images, tmp_path):
     status, found = qemu_check(path)
     assert (result.status, result.findings) == (status, ()) == (0, ())
     assert {name: getattr(result, name) for name in COUNTS} == qemu_counts(found)
-    assert path.read_bytes() == images(kind)            # it only looked
+    assert path.read_bytes() == images(kind)  # it only looked
     assert pyfleece.check(path, "all") == result
-    assert path.read_bytes() == images(kind)            # and there was nothing to repair
+    assert path.read_bytes() == images(kind)  # and there was nothing to repair
 
 
 # ---- each class of damage ----
@@ -81,12 +81,12 @@ def test_sound_images(kind, images, tmp_path):
 class Damage:
     kind: str
     do: Callable[[Tables], None]
-    status: int                     # what we say of it
-    repaired: int = 0               # what is left after repair="all"
-    counts: bool = True             # the counts are the same as QEMU's
-    text: str = ""                  # of one of the findings
-    by_qemu: int = 0                # what QEMU's own repair leaves
-    gives_up: bool = False          # QEMU does not open it, so that it neither checks nor repairs it
+    status: int  # what we say of it
+    repaired: int = 0  # what is left after repair="all"
+    counts: bool = True  # the counts are the same as QEMU's
+    text: str = ""  # of one of the findings
+    by_qemu: int = 0  # what QEMU's own repair leaves
+    gives_up: bool = False  # QEMU does not open it, so that it neither checks nor repairs it
 
 
 def set_entry(guest: int, change: Callable[[Tables, int], int]) -> Callable[[Tables], None]:
@@ -198,7 +198,9 @@ DAMAGE = {
     "reserved bits of the refcount table": Damage(
         "plain", set_block(lambda _, entry: entry | 2), 2, counts=False, text="reserved bits are set", by_qemu=2
     ),
-    "L2 table not at a cluster's start": Damage("plain", set_l1(lambda _, entry: entry + 512), 2, 2, counts=False, by_qemu=2),
+    "L2 table not at a cluster's start": Damage(
+        "plain", set_l1(lambda _, entry: entry + 512), 2, 2, counts=False, by_qemu=2
+    ),
     "L2 table behind the end": Damage("plain", set_l1(far), 2, 2, by_qemu=2),
     "L2 table in the L1 table": Damage("plain", set_l1(lambda image, _: image.l1 | COPIED), 2, counts=False, by_qemu=2),
     "no refcount block": Damage("plain", no_block, 2, text="it has no refcount block"),
@@ -212,7 +214,9 @@ DAMAGE = {
     "compressed behind the end": Damage(
         "zlib", set_entry(0, lambda _, entry: entry | 1 << 45), 2, 2, text="beyond the end of the file", by_qemu=2
     ),
-    "L1 table of a snapshot not at a cluster's start": Damage("snapshots", snapshot_field(0, 8, 0x3200), 2, 2, by_qemu=2),
+    "L1 table of a snapshot not at a cluster's start": Damage(
+        "snapshots", snapshot_field(0, 8, 0x3200), 2, 2, by_qemu=2
+    ),
     "table of a bitmap behind the end": Damage("bitmaps", bitmap_field(0, 8, 1 << 40), 2, counts=False),
     "reserved bits in a table of a bitmap": Damage("bitmaps", bitmap_entry, 2, counts=False, gives_up=True),
     "dirty": Damage("plain", set_bit(1), 0),
@@ -348,13 +352,13 @@ def compare_verdicts(image: Tables, about: str, directory: Path) -> None:
     ours, theirs = directory / "ours.qcow2", directory / "theirs.qcow2"
     for path in (ours, theirs):
         path.write_bytes(image.data)
-    status, found = qemu_check(ours)
+    status, _ = qemu_check(ours)
     try:
         result = pyfleece.check(ours)
     except pyfleece.FormatError as error:
         assert "overlap" in str(error) or status == 1, f"{about}: {error}"
         return
-    if status != 1 and not is_stricter(result):        # 1: it gave up, where we say what is wrong
+    if status != 1 and not is_stricter(result):  # 1: it gave up, where we say what is wrong
         assert result.status == status, f"{about}: {result}"
     if status == 1:
         assert result.status in (1, 2), f"{about}: {result}"
@@ -363,7 +367,9 @@ def compare_verdicts(image: Tables, about: str, directory: Path) -> None:
     snapshots = {f"{number}": qemu_read(ours, f"snapshot.id={number}") for number in range(1, image.snapshots + 1)}
     repaired = pyfleece.check(ours, "all")
     after, _ = qemu_check(ours)
-    assert repaired.status == after or (after == 1 and repaired.status == 2), f"{about}: QEMU says {after} of {repaired}"
+    assert repaired.status == after or (after == 1 and repaired.status == 2), (
+        f"{about}: QEMU says {after} of {repaired}"
+    )
     assert pyfleece.check(ours).status == repaired.status, about
     for number, content in [(None, before), *snapshots.items()]:
         if content is not None:

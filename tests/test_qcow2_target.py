@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import stat
 import threading
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from qcow2_patch import qemu_create
 from test_cli import pyfleece as command
 
 import pyfleece
-from pyfleece import testing
+from pyfleece import targets, testing
 
 KIB = 1024
 
@@ -320,6 +321,25 @@ def test_existing_file_is_replaced_when_the_new_one_is_complete(source, tmp_path
     assert not (tmp_path / "backup.qcow2.partial").exists()
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_it_is_complete_when_it_gets_its_name(source, tmp_path, monkeypatch, compress):
+    """Tables included: nothing is written to it after that, when it is closed."""
+    disk, data = source
+    then = {}
+    replace = os.replace
+
+    def look(partial: bytes, path: bytes) -> None:
+        then[path] = Path(os.fsdecode(partial)).read_bytes()
+        replace(partial, path)
+
+    monkeypatch.setattr(targets.os, "replace", look)
+    path = tmp_path / "b.qcow2"
+    with disk.snapshot("memory") as snapshot:
+        pyfleece.backup(snapshot, path, compress=compress)
+    assert then == {os.fsencode(path): path.read_bytes()}
+    assert_is(path, data, tmp_path)
+
+
 # ---- failures ----
 
 
@@ -438,7 +458,7 @@ def test_commands_create_info_and_map(tmp_path):
     words = {tuple(line.split()[2:4]) for line in lines[1:]}
     assert words == {("data", "0"), ("zero", "0"), ("data", "1"), ("compressed", "1"), ("zero", "-")}
 
-    _, err = command("info", top, "--no-backing", status=1)
+    _, err = command("map", top, "--no-backing", status=1)
     assert "backing files were not allowed" in err
     _, err = command("create", tmp_path / "x.qcow2", status=1)
     assert "needs a size, or a backing file" in err
@@ -447,7 +467,20 @@ def test_commands_create_info_and_map(tmp_path):
     _, err = command(*create, status=1)
     assert "(here: --backing-root)" in err
     command(*create, "--backing-root", tmp_path)
-    command("info", tmp_path / "sub" / "x.qcow2", "--backing-root", tmp_path)
+    command("map", tmp_path / "sub" / "x.qcow2", "--backing-root", tmp_path)
+    text, _ = command("info", tmp_path / "sub" / "x.qcow2")
+    assert "../base.qcow2" in text, "to look at, no backing file is opened"
+
+
+def test_example_of_the_guide(tmp_path, monkeypatch):
+    guide = Path(__file__).resolve().parent.parent / "docs" / "qcow2.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    qemu_create(Path("vm.qcow2"), "4M")
+    exec(compile(example, "docs/qcow2.md", "exec"), {})
+    assert_is(Path("monday.qcow2"), bytes(4 * MIB), tmp_path)
+    assert_is(Path("tuesday.qcow2"), b"what changed" + bytes(4 * MIB - 12), tmp_path)
+    assert allocated(Path("tuesday.qcow2")) == 64 * KIB
 
 
 def test_names_in_an_image_do_not_reach_the_terminal(tmp_path):

@@ -223,7 +223,7 @@ int backing_open(const struct header *header, const char *path, const fl_image_o
 {
     char *resolved = NULL;
     *backing = NULL;
-    if (!*header->backing)
+    if (!*header->backing || options->inspect)
         return 0;
     const char *root = options->backing_root;
     if (root && !strcmp(root, "-"))

@@ -101,7 +101,17 @@ int qcow2_prepare(struct qcow2 *q, fl_error *error)
 
 /* ---- what image.c calls ---- */
 
-static int qcow2_flush(fl_image *image, fl_error *error) { return commit(qcow2_of(image), error); }
+/* Where compressed clusters were written, what was set aside for more of them is given back too: a backup that was flushed is complete, and is not
+   written any more when it is closed. */
+static int qcow2_flush(fl_image *image, fl_error *error)
+{
+    struct qcow2 *q = qcow2_of(image);
+    pthread_mutex_lock(&q->alloc);
+    bool compressing = q->area.end != 0;
+    pthread_mutex_unlock(&q->alloc);
+    return compressing ? commit_all(q, error) : commit(q, error);
+}
+
 static uint64_t qcow2_allocated(fl_image *image) { return io_allocated(&qcow2_of(image)->io); }
 
 /* A file that was cut off has lost clusters of anywhere on the disk. */
@@ -139,7 +149,7 @@ static int qcow2_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bi
 static int qcow2_sync_close(fl_image *image, fl_error *error)
 {
     struct qcow2 *q = qcow2_of(image);
-    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;
+    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;       /* threads are started by changes only */
 }
 
 static void qcow2_destroy(fl_image *image)

@@ -20,6 +20,10 @@ static _Thread_local bool storage_hangs_me;     /* only those of this thread do 
 static atomic_bool storage_cannot_punch, storage_cannot_sync;
 static atomic_uint storage_hanging, storage_syncs, storage_punches, storage_failed;
 
+/* Called, if set, before a sync (with SYNC_BEGINS), after it, and after a transfer or a punch that was done. */
+enum storage_event { STORAGE_WRITE, STORAGE_PUNCH, STORAGE_SYNC_BEGINS, STORAGE_SYNC };
+static void (*storage_watch)(enum storage_event event, const struct iovec *iov, int count, uint64_t offset, uint64_t length);
+
 static uint64_t storage_random(void)
 {
     static atomic_ullong next = 1;
@@ -72,12 +76,16 @@ ssize_t pwritev(int fd, const struct iovec *iov, int count, off_t offset)
     if (storage_refuses())
         return -1;
     ssize_t n = syscall(SYS_pwritev, fd, iov, (long)count, (long)offset, (long)((uint64_t)offset >> 32));
+    if (storage_watch && n > 0)
+        storage_watch(STORAGE_WRITE, iov, count, (uint64_t)offset, (uint64_t)n);
     storage_delay();
     return n;
 }
 
 int fdatasync(int fd)
 {
+    if (storage_watch)
+        storage_watch(STORAGE_SYNC_BEGINS, NULL, 0, 0, 0);
     storage_delay();
     atomic_fetch_add(&storage_syncs, 1);
     (void)fd;                           /* these tests pull no plugs */
@@ -85,7 +93,11 @@ int fdatasync(int fd)
         errno = EIO;
         return -1;
     }
-    return storage_refuses() ? -1 : 0;
+    if (storage_refuses())
+        return -1;
+    if (storage_watch)
+        storage_watch(STORAGE_SYNC, NULL, 0, 0, 0);
+    return 0;
 }
 
 int fallocate(int fd, int mode, off_t offset, off_t length)
@@ -98,7 +110,10 @@ int fallocate(int fd, int mode, off_t offset, off_t length)
     }
     if (storage_refuses())
         return -1;
-    return (int)syscall(SYS_fallocate, fd, (long)mode, (long)offset, (long)length);
+    int rc = (int)syscall(SYS_fallocate, fd, (long)mode, (long)offset, (long)length);
+    if (storage_watch && rc == 0)
+        storage_watch(STORAGE_PUNCH, NULL, 0, (uint64_t)offset, (uint64_t)length);
+    return rc;
 }
 
 #endif
