@@ -39,7 +39,7 @@ def test_all_examples_run_one_after_the_other(tmp_path, monkeypatch):
         names[name].close()
 
 
-COMMANDS = "backup bench check cp create ctl demo info ls map points restore serve verify".split()
+COMMANDS = ["backup", "bench", "check", "cp", "create", "ctl", "demo", "info", "ls", "map", "points", "restore", "serve", "verify"]
 
 
 def test_commands_parse():
