@@ -210,7 +210,8 @@ void alloc_close_area(struct qcow2 *q);
 
 /* All that was changed and written before the call is durable when it returns 0. */
 int commit(struct qcow2 *q, fl_error *error);
-/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a commit. */
+/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a
+   commit, which runs in the background as long as that keeps up. */
 int commit_if_due(struct qcow2 *q, fl_error *error);
 int commit_all(struct qcow2 *q, fl_error *error);       /* nothing is left to do, and no thread of ours is left: for closing */
 
