@@ -348,6 +348,22 @@ def test_stress(flavour: str, tmp_path: Path) -> None:
         check(tmp_path / name)
 
 
+RACES = [("cluster_size=4096", False), ("cluster_size=65536", True), ("compat=0.10,cluster_size=4096", False)]
+
+
+@pytest.mark.parametrize("flavour", c_programs.FLAVOURS)
+@pytest.mark.parametrize(("options", "backing"), RACES)
+def test_many_changes_of_one_cluster_at_once(flavour: str, options: str, backing: bool, tmp_path: Path) -> None:
+    """Writes, discards, zeroing, copy-on-write and, with snapshots, copy-before-write, all of one cluster."""
+    for number, more in enumerate(([], ["--snapshots"])):
+        path = kit.make_race_image(tmp_path / "race.qcow2", options, backing)
+        before = as_qemu_reads(path, "-l", "before")
+        rounds = ["--rounds", "120", "--seed", f"{SEED + number}"]
+        c_programs.run(flavour, "qcow2_race", path, *rounds, *more)
+        check(path)
+        assert as_qemu_reads(path, "-l", "before") == before
+
+
 # ---- a real file system ----
 
 
