@@ -11,8 +11,16 @@ ARGS ?=
 # Command or file, and the Debian package that has it.
 demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev
 test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev qemu-img:qemu-utils losetup:mount spin:spin \
+    /usr/include/fuse3/fuse_lowlevel.h:libfuse3-dev fusermount3:fuse3 rsync:rsync fio:fio git:git sqlite3:sqlite3 \
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
-    /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross
+    /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross \
+    nbdkit:nbdkit nbdcopy:libnbd-bin qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio \
+    sfdisk:fdisk mkfs.xfs:xfsprogs mkfs.vfat:dosfstools mcopy:mtools mkntfs:ntfs-3g setfattr:attr \
+    mkfs.exfat:exfatprogs mount.exfat-fuse:exfat-fuse genisoimage:genisoimage restic:restic borg:borgbackup
+
+# Where the fuzzer's runtime is depends on clang's version.
+FUZZER := $(firstword $(wildcard /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a) no-libfuzzer)
+test: NEEDS += clang:clang $(FUZZER):libclang-rt-dev
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.[ch] csrc/*/*.[ch])
 READY := $(VENV)/.ready

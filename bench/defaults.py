@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pathlib
-import statistics
 import subprocess
 import tempfile
 import time
 
+from kit import build, spread
+
 import pyfleece
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLUSTERS = [4096, 16384, 65536]
 GRANULARITIES = [64 << 10, 256 << 10, 1 << 20, 4 << 20]
 WRITES = [
@@ -28,18 +27,6 @@ WRITES = [
     ("random 64 KiB", 65536, "random"),
     ("sequential 1 MiB", 1 << 20, "sequential"),
 ]
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def build(directory: str) -> str:
-    program = os.path.join(directory, "first_touch")
-    sources = sorted(str(path) for pattern in ("*.c", "util/*.c") for path in (ROOT / "csrc").glob(pattern))
-    flags = ["-std=gnu11", "-O2", "-pthread"]
-    subprocess.run(["gcc", *flags, str(ROOT / "bench" / "first_touch.c"), *sources, "-o", program], check=True)
-    return program
 
 
 def first_touch(program: str, directory: str, rounds: int) -> None:
@@ -88,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        first_touch(build(directory), directory, options.rounds)
+        first_touch(build(directory, "first_touch"), directory, options.rounds)
         backups(directory, options.rounds)
 
 

@@ -254,6 +254,8 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
     job->target_is_zero = options->target_is_zero;
     job->skip_lost = options->skip_lost;
     job->compress = options->compress;
+    job->on_piece = options->on_piece;
+    job->piece_context = options->piece_context;
     if (job->granularity % job->cluster_size || job->granularity > MAX_GRANULARITY)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "a granularity of %llu bytes is not a multiple of the cluster size, %u, up to 1 GiB",
                     (unsigned long long)job->granularity, job->cluster_size);

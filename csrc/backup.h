@@ -94,6 +94,8 @@ struct fl_backup {
     /* fixed after creation */
     uint64_t size, total, granularity, started_ns;
     uint32_t cluster_size, planned;             /* planned: the most workers there will be */
+    int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);     /* or NULL */
+    uint64_t piece_context;
     bool discard, target_is_zero, skip_lost, compress;
     bool copies;                /* there is a target; else chunks mode */
     unsigned char *memory;      /* all buffers */

@@ -151,8 +151,11 @@ int part_copy_end(struct worker *worker, fl_error *error)
 
 int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, unsigned char *data, fl_error *error)
 {
+    fl_backup *job = worker->job;
     int rc;
-    if (worker->job->compress && data) {
+    if (job->on_piece && (must_stop(job) || job->on_piece(job->piece_context, offset, length, kind == FL_DATA ? data : NULL)))
+        return fail(error, FL_ECANCELLED, FL_SIDE_NONE, offset, length, "the backup job ends");
+    if (job->compress && data) {
         if (worker->run_end != offset) {
             if ((rc = part_copy_end(worker, error)) != 0)
                 return rc;
@@ -167,7 +170,7 @@ int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length,
         return copy_data(worker, data, offset, length, error);
     rc = zero_target(worker, offset, length, error);
     if (rc == 0)
-        count_part(worker->job, &worker->job->zero_bytes, length);
+        count_part(job, &job->zero_bytes, length);
     return rc;
 }
 

@@ -10,18 +10,26 @@
 
 #define PAGE_BITS (UINT64_C(1) << BITMAP_PAGE_SHIFT)
 
+size_t bitmap_words_at(uint64_t bits) { return align_up(bitmap_pages(bits), 4096); }
+
+size_t bitmap_bytes(uint64_t bits) { return bitmap_words_at(bits) + bitmap_pages(bits) * (PAGE_BITS / 8); }
+
+void bitmap_over(struct bitmap *bitmap, uint64_t bits, void *memory)
+{
+    bitmap->bits = bits;
+    bitmap->pages = memory;
+    bitmap->words = (_Atomic uint64_t *)((char *)memory + bitmap_words_at(bits));
+    bitmap->mapped = 0;
+}
+
 int bitmap_init(struct bitmap *bitmap, uint64_t bits)
 {
-    uint64_t pages = div_up(MAX(bits, 1), PAGE_BITS);
-    size_t page_bytes = align_up(pages, 4096);
-    size_t mapped = page_bytes + pages * (PAGE_BITS / 8);
+    size_t mapped = bitmap_bytes(bits);
     unsigned char *memory = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return -ENOMEM;
     madvise(memory, mapped, MADV_NOHUGEPAGE);       /* a bit must cost 4 KiB at most, not 2 MiB */
-    bitmap->bits = bits;
-    bitmap->pages = (_Atomic unsigned char *)memory;
-    bitmap->words = (_Atomic uint64_t *)(memory + page_bytes);
+    bitmap_over(bitmap, bits, memory);
     bitmap->mapped = mapped;
     return 0;
 }

@@ -16,13 +16,17 @@ struct bitmap {
     uint64_t bits;              /* fixed */
     _Atomic uint64_t *words;
     _Atomic unsigned char *pages;
-    size_t mapped;              /* bytes of the mapping that holds both */
+    size_t mapped;              /* bytes of the mapping that holds both; 0: it is somebody else's */
 };
 
 #define BITMAP_PAGE_SHIFT 15    /* bits in a page: 32768, 4 KiB of memory */
 enum { PAGE_UNTOUCHED, PAGE_MIXED, PAGE_ONES };
 
 int bitmap_init(struct bitmap *bitmap, uint64_t bits);  /* all zeros; -ENOMEM */
+/* The same in memory that is somebody else's: bitmap_bytes(bits) bytes, on a page boundary, which hold zeros or what a bitmap left there. */
+void bitmap_over(struct bitmap *bitmap, uint64_t bits, void *memory);
+size_t bitmap_bytes(uint64_t bits);
+size_t bitmap_words_at(uint64_t bits);                  /* where in that memory the bits begin; the pages' bytes are at its start */
 void bitmap_destroy(struct bitmap *bitmap);             /* one that is all zero bytes: nothing */
 
 void bitmap_set(struct bitmap *bitmap, uint64_t first, uint64_t count);
@@ -30,6 +34,8 @@ void bitmap_set(struct bitmap *bitmap, uint64_t first, uint64_t count);
 uint64_t bitmap_fetch_or(struct bitmap *bitmap, uint64_t word, uint64_t mask);
 /* Only for bitmaps whose bits are all set by bitmap_fetch_or, or in ranges shorter than a page (which never become "ones"). */
 void bitmap_clear(struct bitmap *bitmap, uint64_t first, uint64_t count);
+
+static inline uint64_t bitmap_pages(uint64_t bits) { return div_up(MAX(bits, 1), UINT64_C(1) << BITMAP_PAGE_SHIFT); }
 
 /* The first set (clear) bit in [from, end), else end. */
 uint64_t bitmap_next_set(const struct bitmap *bitmap, uint64_t from, uint64_t end);

@@ -17,7 +17,8 @@
  *   I3  A reader looks at the bits after its read (snapshot.c, look_again).
  *   I4  `saved` and `released` never go back: nothing clears them.
  *   I5  A place in the store is used again only when nobody has it pinned and nothing points at it (store.c, slot_free; store_spill.c).
- *   I6  A dirty bit is set before the write that it stands for (mark_dirty), and cleared by nothing but a cut (disk.c).
+ *   I6  A dirty bit is set before the write that it stands for (mark_dirty), and cleared by nothing but a cut or fl_disk_bitmap_clear, with the gate closed
+ *       (disk.c, dirty.c).
  *   I7  Nobody waits for a reader. A writer waits for the gate (a cut, which waits only for writers inside), for a writer that saves the same
  *       cluster (which waits for nothing but the source), and for room, outside the gate and without claims, until cbw_timeout.
  *
@@ -472,11 +473,17 @@ static int protect(fl_disk *disk, uint64_t offset, uint64_t end, struct attempt 
     return 0;
 }
 
-/* I6 */
+/* I6; a persistent bitmap in its file first: what is set in memory is set there (S1 in sidecar.h), so whoever finds it set here may write. */
 static void mark_dirty(fl_disk *disk, uint64_t offset, uint64_t end)
 {
+    if (disk->sidecar)
+        sidecar_alive(disk->sidecar);
     for (struct dirty *dirty = disk->dirty; dirty; dirty = dirty->next) {
         uint64_t first = offset >> dirty->shift, last = (end - 1) >> dirty->shift;
+        if (!dirty->recording)
+            continue;
+        if (dirty->kept)
+            dirty_keep(dirty, first, last - first + 1);
         bitmap_set(&dirty->bits, first, last - first + 1);
     }
 }
@@ -527,7 +534,7 @@ static void count_latency(fl_disk *disk, struct attempt *attempt, bool last_piec
     }
     if (last_piece && attempt->added)
         for (unsigned i = 0; i < disk->snapshot_count; i++)
-            snapshot_count_latency(disk->snapshots[i], attempt->added);
+            latency_add(&disk->snapshots[i]->latency, attempt->added);
 }
 
 /* The gate `writes` is left, so that no cut waits for us; close does. 0: try again, and let the policy decide if there still is no room. */

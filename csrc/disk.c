@@ -1,4 +1,4 @@
-/* disk.c: the guest's view of an image, its dirty bitmaps, and the cut that makes snapshots of disks.
+/* disk.c: the guest's view of an image, and the cut that makes snapshots of disks. Its dirty bitmaps are dirty.c's.
  *
  * Lock order: disk->lock (of several disks: by id), then the gate `writes`, then nothing. The list of snapshots and the dirty bitmaps are changed with the lock
  * held and the gate closed; so either is enough to read them.
@@ -12,16 +12,21 @@
 
 static atomic_uint_least64_t last_id;
 
-static void disk_unref(fl_disk *disk)
+int disk_use(fl_disk *disk, fl_error *error)
+{
+    int rc = gate_pass(&disk->life, "disk", error);
+    if (rc)
+        return rc;
+    atomic_fetch_add(&disk->references, 1);
+    gate_leave(&disk->life);
+    return 0;
+}
+
+void disk_unref(fl_disk *disk)
 {
     if (atomic_fetch_sub(&disk->references, 1) != 1)
         return;
-    while (disk->dirty) {
-        struct dirty *dirty = disk->dirty;
-        disk->dirty = dirty->next;
-        bitmap_destroy(&dirty->bits);
-        free(dirty);
-    }
+    dirty_free_all(disk);
     pthread_mutex_destroy(&disk->lock);
     gate_destroy(&disk->writes);
     gate_destroy(&disk->life);
@@ -74,12 +79,16 @@ int fl_disk_close(fl_disk *disk, fl_error *error)
     gate_shut(&disk->life);
     end_snapshots(disk);        /* a cut that was under way */
     gate_shut(&disk->writes);
+    int rc = 0;
     if (first) {                /* not later, when it is freed: the image may have to be closed now, and unlocked */
+        pthread_mutex_lock(&disk->lock);
+        rc = dirty_close_file(disk, error);
+        pthread_mutex_unlock(&disk->lock);
         image_untake(disk->source);
         image_unref(disk->source);
         disk->source = NULL;
     }
-    return 0;
+    return rc;
 }
 
 void fl_disk_free(fl_disk *disk)
@@ -104,6 +113,27 @@ int fl_disk_pread(fl_disk *disk, void *buffer, size_t count, uint64_t offset, fl
         error->side = FL_SIDE_SOURCE;
     gate_leave(&disk->life);
     return rc;
+}
+
+int fl_disk_extents(fl_disk *disk, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+{
+    int rc = gate_pass(&disk->life, "disk", error);
+    if (rc)
+        return rc;
+    rc = image_extents(disk->source, offset, length, extents, max, found, error);
+    if (rc && error)
+        error->side = FL_SIDE_SOURCE;
+    gate_leave(&disk->life);
+    return rc;
+}
+
+uint64_t disk_allocated(fl_disk *disk)
+{
+    if (gate_enter(&disk->life))
+        return 0;
+    uint64_t allocated = disk->source->ops->allocated(disk->source);
+    gate_leave(&disk->life);
+    return allocated;
 }
 
 int fl_disk_flush(fl_disk *disk, fl_error *error)
@@ -169,8 +199,7 @@ static int too_slow(const fl_disk *disk, fl_error *error)
                 disk->source->name);
 }
 
-/* Under the lock. */
-static int close_writes(fl_disk *disk, fl_error *error)
+int disk_close_writes(fl_disk *disk, fl_error *error)
 {
     int rc = -ETIMEDOUT;
     for (unsigned try = 0; rc == -ETIMEDOUT && try < SHORT_TRIES; try++)
@@ -179,166 +208,6 @@ static int close_writes(fl_disk *disk, fl_error *error)
         return too_slow(disk, error);
     if (rc)
         fail(error, -rc, FL_SIDE_NONE, 0, 0, "the disk is closed");
-    return rc;
-}
-
-/* ---- dirty bitmaps ---- */
-
-/* Under the lock. */
-static struct dirty **find_dirty(fl_disk *disk, const char *name)
-{
-    struct dirty **link = &disk->dirty;
-    while (*link && strcmp((*link)->name, name) != 0)
-        link = &(*link)->next;
-    return link;
-}
-
-static int no_bitmap(const char *name, fl_error *error)
-{
-    return fail(error, ENOENT, FL_SIDE_NONE, 0, 0, "the disk has no dirty bitmap '%.200s'", name);
-}
-
-int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error)
-{
-    struct dirty *dirty = NULL;
-    int rc = gate_pass(&disk->life, "disk", error);
-    if (rc)
-        return rc;
-    pthread_mutex_lock(&disk->lock);
-    if (!is_power_of_two(granularity) || granularity < 4096 || granularity > UINT64_C(2) << 30) {
-        rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "the granularity of a dirty bitmap is %llu: it must be a power of two from 4096 to 2147483648",
-                  (unsigned long long)granularity);
-        goto out;
-    }
-    if (!*name || strlen(name) >= sizeof dirty->name) {
-        rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "the name of a dirty bitmap has 1 to %zu bytes", sizeof dirty->name - 1);
-        goto out;
-    }
-    if (*find_dirty(disk, name)) {
-        rc = fail(error, EEXIST, FL_SIDE_NONE, 0, 0, "the disk has a dirty bitmap '%.200s' already", name);
-        goto out;
-    }
-    dirty = calloc(1, sizeof *dirty);
-    if (!dirty || bitmap_init(&dirty->bits, div_up(disk->size, granularity))) {
-        rc = fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a dirty bitmap");
-        goto out;
-    }
-    strcpy(dirty->name, name);
-    dirty->granularity = granularity;
-    dirty->shift = (unsigned)__builtin_ctzll(granularity);
-    rc = close_writes(disk, error);
-    if (rc)
-        goto out;
-    dirty->next = disk->dirty;
-    disk->dirty = dirty;
-    gate_open(&disk->writes);
-out:
-    if (rc && dirty) {
-        bitmap_destroy(&dirty->bits);
-        free(dirty);
-    }
-    pthread_mutex_unlock(&disk->lock);
-    gate_leave(&disk->life);
-    return rc;
-}
-
-int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error)
-{
-    int rc = gate_pass(&disk->life, "disk", error);
-    if (rc)
-        return rc;
-    pthread_mutex_lock(&disk->lock);
-    struct dirty **link = find_dirty(disk, name), *dirty = *link;
-    if (!dirty) {
-        rc = no_bitmap(name, error);
-    } else if (dirty->frozen_by) {
-        rc = fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "a snapshot uses the dirty bitmap '%.200s'", name);
-    } else if ((rc = close_writes(disk, error)) == 0) {
-        *link = dirty->next;
-        gate_open(&disk->writes);
-        bitmap_destroy(&dirty->bits);
-        free(dirty);
-    }
-    pthread_mutex_unlock(&disk->lock);
-    gate_leave(&disk->life);
-    return rc;
-}
-
-/* Bytes of the disk that bits [first, end) stand for. */
-static uint64_t dirty_bytes(const fl_disk *disk, const struct dirty *dirty, uint64_t first, uint64_t end)
-{
-    return MIN(end << dirty->shift, disk->size) - (first << dirty->shift);
-}
-
-int fl_disk_bitmap_info(fl_disk *disk, const char *name, uint64_t *granularity, uint64_t *bytes, fl_error *error)
-{
-    int rc = gate_pass(&disk->life, "disk", error);
-    if (rc)
-        return rc;
-    pthread_mutex_lock(&disk->lock);
-    const struct dirty *dirty = *find_dirty(disk, name);
-    if (dirty) {
-        uint64_t last = dirty->bits.bits - 1, full = bitmap_count(&dirty->bits) << dirty->shift;
-        if (dirty->bits.bits && bitmap_test(&dirty->bits, last))
-            full -= dirty->granularity - dirty_bytes(disk, dirty, last, last + 1);
-        *granularity = dirty->granularity;
-        *bytes = full;
-    } else {
-        rc = no_bitmap(name, error);
-    }
-    pthread_mutex_unlock(&disk->lock);
-    gate_leave(&disk->life);
-    return rc;
-}
-
-int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error)
-{
-    int rc = gate_pass(&disk->life, "disk", error);
-    if (rc)
-        return rc;
-    pthread_mutex_lock(&disk->lock);
-    const struct dirty *dirty = disk->dirty;
-    while (dirty && index--)
-        dirty = dirty->next;
-    if (dirty)
-        strcpy(name, dirty->name);
-    else
-        rc = fail(error, ENOENT, FL_SIDE_NONE, 0, 0, "there are no more dirty bitmaps");
-    pthread_mutex_unlock(&disk->lock);
-    gate_leave(&disk->life);
-    return rc;
-}
-
-int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uint64_t length,
-                           fl_extent *extents, size_t max, size_t *found, fl_error *error)
-{
-    int rc = gate_pass(&disk->life, "disk", error);
-    if (rc)
-        return rc;
-    pthread_mutex_lock(&disk->lock);
-    const struct dirty *dirty = *find_dirty(disk, name);
-    size_t count = 0;
-    if (!dirty) {
-        rc = no_bitmap(name, error);
-        goto out;
-    }
-    if (!in_range(length, offset, disk->size)) {
-        rc = fail(error, FL_ERANGE, FL_SIDE_NONE, offset, length, "%llu bytes at %llu are beyond the end of a disk of %llu bytes",
-                  (unsigned long long)length, (unsigned long long)offset, (unsigned long long)disk->size);
-        goto out;
-    }
-    for (uint64_t end = offset + length; offset < end && count < max; count++) {
-        uint64_t bit = offset >> dirty->shift, last = ((end - 1) >> dirty->shift) + 1;
-        bool set = bitmap_test(&dirty->bits, bit);
-        uint64_t next = set ? bitmap_next_clear(&dirty->bits, bit, last) : bitmap_next_set(&dirty->bits, bit, last);
-        uint64_t until = MIN(end, next << dirty->shift);
-        extents[count] = (fl_extent){ offset, until - offset, set ? FL_DATA : FL_OUTSIDE };
-        offset = until;
-    }
-    *found = count;
-out:
-    pthread_mutex_unlock(&disk->lock);
-    gate_leave(&disk->life);
     return rc;
 }
 
@@ -369,12 +238,14 @@ static int check_part(struct part *part, fl_error *error)
         return fail(error, EMFILE, FL_SIDE_NONE, 0, 0, "%.300s has %d snapshots alive: no more at once", disk->source->name, MAX_SNAPSHOTS);
     if (!part->options->bitmap)
         return 0;
-    part->dirty = *find_dirty(disk, part->options->bitmap);
+    part->dirty = *dirty_find(disk, part->options->bitmap);
     if (!part->dirty)
-        return no_bitmap(part->options->bitmap, error);
+        return dirty_missing(part->options->bitmap, error);
+    if (part->dirty->inconsistent)
+        return dirty_untrusted(part->dirty, error);
     if (part->dirty->frozen_by)
         return fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "another snapshot uses the dirty bitmap '%.200s'", part->options->bitmap);
-    if (part->fresh.mapped && part->fresh.bits != part->dirty->bits.bits)
+    if (part->fresh.mapped && (part->fresh.bits != part->dirty->bits.bits || !dirty_ready(part->dirty)))
         return fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "the dirty bitmap '%.200s' was replaced meanwhile", part->options->bitmap);
     return 0;
 }
@@ -392,6 +263,8 @@ static int prepare(struct part *part, fl_error *error)
     if (rc == 0 && part->dirty) {
         granularity = part->dirty->granularity;
         bits = part->dirty->bits.bits;
+        if (part->dirty->kept)
+            rc = kept_prepare(part->dirty->kept, error);
     }
     pthread_mutex_unlock(&part->disk->lock);
     if (rc)
@@ -411,8 +284,8 @@ static void install(struct part *part)
     disk->snapshots[disk->snapshot_count++] = snapshot;
     if (part->dirty) {
         snapshot->dirty = part->dirty;
-        snapshot->frozen = part->dirty->bits;
-        part->dirty->bits = part->fresh;
+        dirty_exchange(part->dirty, &part->fresh);
+        snapshot->frozen = part->fresh;
         part->dirty->frozen_by = snapshot;
         memset(&part->fresh, 0, sizeof part->fresh);
     }
@@ -510,26 +383,50 @@ static void detach(fl_snapshot *snapshot)
     if (rc == 0)
         gate_open(&disk->writes);
     if (snapshot->dirty) {
-        /* Bits are only added: writers may mark meanwhile. Nothing dirty is ever forgotten unless the backup says that it has it. */
-        if (!atomic_load(&snapshot->committed))
-            bitmap_merge(&snapshot->dirty->bits, &snapshot->frozen);
+        /* Nothing dirty is ever forgotten unless the backup says that it has it. */
+        if (snapshot->settled == UNSETTLED)
+            dirty_settle(snapshot, false, NULL);
         snapshot->dirty->frozen_by = NULL;
         snapshot->dirty = NULL;
     }
     pthread_mutex_unlock(&disk->lock);
+    pthread_mutex_lock(&snapshot->lock);
     snapshot->disk = NULL;
+    pthread_mutex_unlock(&snapshot->lock);
     disk_unref(disk);
 }
 
-int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error)
+/* Commit or abort. */
+static int settle(fl_snapshot *snapshot, bool commit, fl_error *error)
 {
     int rc = gate_pass(&snapshot->gate, "snapshot", error);
     if (rc)
         return rc;
-    atomic_store(&snapshot->committed, true);
+    pthread_mutex_lock(&snapshot->lock);
+    fl_disk *disk = snapshot->disk;
+    if (disk)
+        atomic_fetch_add(&disk->references, 1);         /* close waits for us only so long */
+    pthread_mutex_unlock(&snapshot->lock);
+    if (disk) {
+        pthread_mutex_lock(&disk->lock);
+        if (!snapshot->dirty || snapshot->settled == (commit ? COMMITTED : ABORTED))
+            rc = 0;             /* a full snapshot; or it was done */
+        else if (snapshot->settled != UNSETTLED)
+            rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, commit ? "the snapshot was aborted: its dirty bitmap was merged back" : "the snapshot was committed");
+        else
+            rc = dirty_settle(snapshot, commit, error);
+        pthread_mutex_unlock(&disk->lock);
+        disk_unref(disk);
+    } else {
+        rc = fail(error, FL_ECLOSED, FL_SIDE_NONE, 0, 0, "the snapshot was closed");
+    }
     gate_leave(&snapshot->gate);
-    return 0;
+    return rc;
 }
+
+int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error) { return settle(snapshot, true, error); }
+
+int fl_snapshot_abort(fl_snapshot *snapshot, fl_error *error) { return settle(snapshot, false, error); }
 
 #define READERS_GRACE_NS 200000000u     /* a read that hangs in the kernel is not waited for: it keeps its own reference and raises when it ends */
 

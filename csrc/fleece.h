@@ -35,7 +35,8 @@ enum fl_code {                  /* beyond errno's range; returned negated */
     FL_ECANCELLED,              /* the job was cancelled */
     FL_EINTERRUPTED,            /* the interrupt hook asked to stop waiting; nothing was changed by the part that waited */
     FL_EEND,                    /* no more chunks */
-    FL_ERUNNING                 /* not done within the timeout (-ETIMEDOUT would be what some storage answered) */
+    FL_ERUNNING,                /* not done within the timeout (-ETIMEDOUT would be what some storage answered) */
+    FL_EINCONSISTENT            /* the dirty bitmap may miss writes: only a full backup is a backup */
 };
 
 enum fl_side { FL_SIDE_NONE, FL_SIDE_SOURCE, FL_SIDE_FLEECING, FL_SIDE_TARGET };
@@ -78,6 +79,7 @@ typedef struct fl_image_options {
     /* Backing files are opened below this directory only, symbolic links resolved. NULL: the directory of the image that names them; "/":
        anywhere; "-": never. Always read-only, and only with a format that the image tells. */
     const char *backing_root;
+    int inspect;                /* to look at only: no backing file is opened, and what is on the disk can't be read. Not with `writable` */
     /* of fl_image_create only, and for qcow2 only */
     uint32_t cluster_size;      /* a power of two, 512 bytes to 2 MiB; 0: 64 KiB */
     const char *backing;        /* what the image shall say: a relative path is relative to the image's directory. NULL: none */
@@ -243,13 +245,23 @@ int fl_disk_pwrite(fl_disk *disk, const void *buffer, size_t count, uint64_t off
 int fl_disk_zero(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
 int fl_disk_discard(fl_disk *disk, uint64_t count, uint64_t offset, fl_error *error);
 int fl_disk_flush(fl_disk *disk, fl_error *error);
+/* As fl_image_extents, of what the source holds now. */
+int fl_disk_extents(fl_disk *disk, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 /* Ends the disk's snapshots too: their later reads fail with -FL_ECLOSED. */
 int fl_disk_close(fl_disk *disk, fl_error *error);
 void fl_disk_free(fl_disk *disk);
 
-/* Dirty bitmaps: what was written since the bitmap was added or last frozen by a cut. In memory. `granularity`: a power of two. */
-int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error);     /* -EEXIST */
-int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error);    /* -ENOENT; -EBUSY while a snapshot has it frozen */
+/* Dirty bitmaps: what was written since the bitmap was added, cleared, or last frozen by a cut. `granularity`: a power of two, 4 KiB to 2 GiB.
+   Names have 1 to 255 bytes. Where not said otherwise: -ENOENT: there is none of that name; -EBUSY: a snapshot has it frozen;
+   -FL_EINCONSISTENT. */
+int fl_disk_bitmap_add(fl_disk *disk, const char *name, uint64_t granularity, fl_error *error);     /* in memory. -EEXIST */
+int fl_disk_bitmap_remove(fl_disk *disk, const char *name, fl_error *error);    /* one that is inconsistent, too */
+/* At one instant between writes: nothing is dirty. Makes one that was inconsistent good again. */
+int fl_disk_bitmap_clear(fl_disk *disk, const char *name, fl_error *error);
+/* Record what is written from now on, or (0) do not: what it has it keeps. */
+int fl_disk_bitmap_enable(fl_disk *disk, const char *name, int enabled, fl_error *error);
+/* What is dirty in any of `from` is dirty in `into` as well; of any granularities. All or none of them. */
+int fl_disk_bitmap_merge(fl_disk *disk, const char *into, const char *const *from, size_t count, fl_error *error);
 int fl_disk_bitmap_info(fl_disk *disk, const char *name, uint64_t *granularity, uint64_t *dirty_bytes, fl_error *error);
 /* The name of bitmap `index`, into `name` of 256 bytes; -ENOENT past the last. */
 int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error);
@@ -257,7 +269,33 @@ int fl_disk_bitmap_name(fl_disk *disk, size_t index, char *name, fl_error *error
 int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uint64_t length,
                            fl_extent *extents, size_t max, size_t *found, fl_error *error);
 
+typedef struct fl_bitmap_state {
+    uint64_t granularity;
+    int enabled;                /* it records */
+    int busy;                   /* a snapshot has it frozen */
+    int persistent;             /* it is in the disk's bitmap file */
+    int write_intent;           /* it is good after a crash of the machine, too */
+    int inconsistent;
+    char uuid[37];              /* of a persistent one: never the same for two; else "" */
+    char problem[160];          /* why it is inconsistent, or why it will be when the disk is opened next; else "" */
+} fl_bitmap_state;
+int fl_disk_bitmap_state(fl_disk *disk, const char *name, fl_bitmap_state *state, fl_error *error);
+
+/* Persistent dirty bitmaps are in a file beside the disk, see docs/bitmap-format.md. Open it, once, before the first write; the bitmaps that it has are
+   then the disk's, those that can't be trusted as inconsistent ones. `create`: make it when there is none. Closing the disk closes it, and flushes the
+   source first. -ENOENT, -EEXIST (a name is taken, or a file is open already), -FL_ELOCKED, -FL_EFORMAT, -ENOTSUP, -errno. */
+int fl_disk_bitmap_file(fl_disk *disk, const char *path, int create, fl_error *error);
+/* As fl_disk_bitmap_add, in that file: it survives the process, and with `write_intent` a crash of the machine as well, for one sync more before the
+   first write to each unit. -EINVAL: there is no file. */
+int fl_disk_bitmap_add_persistent(fl_disk *disk, const char *name, uint64_t granularity, int write_intent, fl_error *error);
+
 /* ---- snapshots ---- */
+
+/* What becomes of the frozen dirty bitmap. It is merged back:
+     on-success: unless the snapshot is committed; what was lost always is
+     always:     as above; without a commit only what was not discarded from the snapshot
+     never:      whatever happens */
+enum fl_bitmap_mode { FL_BITMAP_ON_SUCCESS, FL_BITMAP_ALWAYS, FL_BITMAP_NEVER };
 
 enum fl_policy { FL_BREAK_SNAPSHOT, FL_BREAK_GUEST_WRITE, FL_LOSE_RANGE };
 
@@ -269,6 +307,7 @@ typedef struct fl_snapshot_options {
     fl_image *fleecing;         /* writable; NULL: the stage is all there is */
     uint64_t fleecing_limit;    /* bytes of the fleecing image that may be in use; 0: all of it */
     const char *bitmap;         /* NULL: a full snapshot; else freeze this dirty bitmap at the cut */
+    int bitmap_mode;            /* enum fl_bitmap_mode */
 } fl_snapshot_options;
 
 /* Cut `count` different disks at one instant. All or none. */
@@ -286,8 +325,10 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
 int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
 /* 0 while it lives; -FL_EBROKEN with the first cause. */
 int fl_snapshot_check(fl_snapshot *snapshot, fl_error *error);
-/* The frozen dirty bitmap is done with: close does not merge it back. */
+/* Of an incremental: the backup is good, or it is not; what becomes of the frozen dirty bitmap is decided at once, and for good (see enum fl_bitmap_mode).
+   Close aborts, where neither was called. -EINVAL after the other one; nothing on a full snapshot. */
 int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error);
+int fl_snapshot_abort(fl_snapshot *snapshot, fl_error *error);
 /* Never waits for fleecing storage that hangs. */
 int fl_snapshot_close(fl_snapshot *snapshot, fl_error *error);
 void fl_snapshot_free(fl_snapshot *snapshot);
@@ -328,6 +369,10 @@ typedef struct fl_backup_options {
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
     int compress;               /* whole clusters of the target, which were never written before, are written compressed */
     int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
+    /* Copy mode: called by the workers with each piece that they hold, before they write it; `data` NULL: `length` zeros. Any order, several at once, each
+       byte that is copied once. Non-zero cancels the job. NULL: nobody wants to know. */
+    int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);
+    uint64_t piece_context;
 } fl_backup_options;
 
 typedef struct fl_progress {
@@ -365,6 +410,101 @@ int fl_backup_cancel(fl_backup *job);
 /* Cancel, and wait up to half a second for the workers; one that hangs in the kernel ends by itself later and keeps what it needs till then. */
 int fl_backup_close(fl_backup *job, fl_error *error);
 void fl_backup_free(fl_backup *job);
+
+/* ---- mount: disks and their snapshots as files (FUSE). -ENOSYS from fl_mount_start where this was built without libfuse3 ----
+ *
+ *   MOUNTPOINT/NAME                     a disk
+ *   MOUNTPOINT/.snap/CUT/NAME           its state at a cut: holes can be punched (a discard), nothing can be written
+ *   MOUNTPOINT/.snap/CUT/STEM.changed   of an incremental: the same, but what is not in the bitmap is a hole. STEM: NAME without its suffix,
+ *                                       or all of it where two disks have the same
+ *
+ * Threads of the mount's own (fl-fuse) serve all of it. Cuts are made by whoever takes the requests for them: mkdir and rmdir in .snap wait
+ * in fl_mount_next_request for somebody who makes snapshots and shows them, or hides and ends them, and then answers.
+ */
+
+typedef struct fl_mount fl_mount;
+
+typedef struct fl_mount_options {
+    uint32_t threads;           /* 1 to 256; 0: the default. Requests that are worked on at once */
+    int allow_other;            /* other users may use it, as far as the files' modes let them */
+} fl_mount_options;
+
+enum fl_mount_request_kind { FL_MOUNT_MKDIR, FL_MOUNT_RMDIR };
+
+typedef struct fl_mount_request {
+    uint64_t id;
+    int kind;                   /* enum fl_mount_request_kind */
+    char name[256];             /* in .snap; any bytes but '/' */
+} fl_mount_request;
+
+typedef struct fl_mount_failure {
+    char path[640];             /* below the mount point */
+    fl_error error;
+    uint64_t left_out;          /* like it, on the same file, since the last one that was told; or, with an empty path, failures of any kind that
+                                   nobody fetched in time */
+} fl_mount_failure;
+
+/* Mount on an empty directory. `names` are file names, each once. The mount keeps the disks' memory alive, but not the disks open: a file of a disk
+   that was closed fails with ESTALE. -EINVAL; -errno with what libfuse said. */
+int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *const *names, size_t count, const fl_mount_options *options,
+                   fl_mount **mount, fl_error *error);
+/* Show snapshots as .snap/`cut`: in the order of the disks, NULL for a disk that is not in it. They are the caller's; the mount keeps their memory
+   alive. -EEXIST, -EINVAL. */
+int fl_mount_show(fl_mount *mount, const char *cut, fl_snapshot *const *snapshots, fl_error *error);
+/* Take the directory away; files that are open go on working as long as their snapshots live. -ENOENT. */
+int fl_mount_hide(fl_mount *mount, const char *cut, fl_error *error);
+/* The oldest mkdir or rmdir that nobody took: 0, -FL_ERUNNING when there is none within `timeout`, -FL_EEND after the end. */
+int fl_mount_next_request(fl_mount *mount, uint64_t timeout, fl_mount_request *request, fl_error *error);
+/* End a request that was taken: with success (code 0; a mkdir must have been shown), or with a positive errno and the story behind it, which
+   is then .snap's attribute user.pyfleece.error. */
+int fl_mount_answer(fl_mount *mount, uint64_t id, int code, const char *story, fl_error *error);
+/* What failed in reads and writes: 0, -FL_ERUNNING when nothing did within `timeout`, -FL_EEND after the end. */
+int fl_mount_next_failure(fl_mount *mount, uint64_t timeout, fl_mount_failure *failure, fl_error *error);
+int fl_mount_open_files(fl_mount *mount, uint64_t *count, fl_error *error);
+/* 0 when it is unmounted, by whomever; -FL_ERUNNING. */
+int fl_mount_wait(fl_mount *mount, uint64_t timeout, fl_error *error);
+/* Unmount, end the snapshots that are shown, let the requests that run end (those that hang in storage are waited for up to 5 s). Files that are
+   open fail with ENOTCONN from then on. */
+int fl_mount_close(fl_mount *mount, fl_error *error);
+void fl_mount_free(fl_mount *mount);
+
+/* ---- load: a guest that reads and writes, and how long each of its operations took; for measuring what a snapshot costs it ---- */
+
+typedef struct fl_load fl_load;
+
+enum fl_order {
+    FL_ORDER_ONCE,              /* each block once, in an order that looks random, the same for the same seed */
+    FL_ORDER_RANDOM,
+    FL_ORDER_SEQUENTIAL         /* and again from the beginning */
+};
+
+typedef struct fl_load_options {
+    uint32_t block;             /* bytes of an operation, up to 16 MiB; the disk's last part that is no whole block is left alone */
+    uint64_t stride;            /* bytes from one block's start to the next one's; 0: block */
+    uint32_t threads;           /* operations at once, 1 to 256 */
+    int order;                  /* enum fl_order */
+    uint32_t read_percent;      /* of the operations */
+    uint32_t hot_percent, hot_space_percent;    /* FL_ORDER_RANDOM: so many of the operations go to so much of the disk; 0: all alike */
+    uint64_t rate;              /* operations per second, all threads together; 0: as fast as it goes */
+    uint64_t operations;        /* then it ends; 0: when it is told to, or FL_ORDER_ONCE is through */
+    uint64_t seed;
+} fl_load_options;
+
+typedef struct fl_load_stats {
+    uint64_t operations, bytes_read, bytes_written, elapsed_ns;
+    uint64_t latency_max;       /* ns. With a rate, from the moment when the operation was due: waiting for a stalled one before it counts */
+    uint64_t latency[FL_LATENCY_BUCKETS];       /* as in fl_stats */
+    int finished;
+} fl_load_stats;
+
+/* Runs in threads of its own. What it writes is noise: the disk's contents are destroyed. The load must be freed before the disk is. */
+int fl_load_start(fl_disk *disk, const fl_load_options *options, fl_load **load, fl_error *error);
+int fl_load_stats_get(fl_load *load, fl_load_stats *stats, fl_error *error);
+/* 0 when it is over; -FL_ERUNNING; or the first failure of an operation, which ended it. */
+int fl_load_wait(fl_load *load, uint64_t timeout, fl_error *error);
+/* Ask it to end. Does not wait. */
+int fl_load_stop(fl_load *load);
+void fl_load_free(fl_load *load);               /* stops it, and waits */
 
 /* CFFI END */
 #endif

@@ -122,6 +122,9 @@ typedef unsigned long long ull;
 
 static int check_range(fl_image *image, const char *what, uint64_t count, uint64_t offset, fl_error *error)
 {
+    if (UNLIKELY(image->inspect))
+        return fail(error, EBADF, FL_SIDE_NONE, offset, count, "%s of %llu bytes at %llu refused: image '%s' was opened to inspect it only",
+                    what, (ull)count, (ull)offset, image->name);
     if (in_range(count, offset, image->size))
         return 0;
     return fail(error, FL_ERANGE, FL_SIDE_NONE, offset, count, "%s of %llu bytes at %llu goes beyond the end of image '%s', %llu bytes",
@@ -204,6 +207,13 @@ int image_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *er
 }
 
 /* An image that is open for reading has nothing to flush. */
+int image_settle(fl_image *image, fl_error *error)
+{
+    if (!image->writable)
+        return 0;
+    return image->ops->settle ? image->ops->settle(image, error) : image_flush(image, error);
+}
+
 int image_flush(fl_image *image, fl_error *error)
 {
     return image->writable ? image->ops->flush(image, error) : 0;
@@ -312,7 +322,13 @@ int image_open(const char *path, const fl_image_options *options, fl_image **ima
 {
     const struct format *format;
     int rc = find_format(path, options, &format, error);
-    return rc < 0 ? rc : format->open(path, options, image, error);
+    if (rc == 0 && options->inspect && options->writable)
+        rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "image '%.200s' cannot be opened both to inspect it only and for writing", path);
+    if (rc == 0)
+        rc = format->open(path, options, image, error);
+    if (rc == 0)
+        (*image)->inspect = options->inspect;
+    return rc;
 }
 
 int fl_image_open(const char *path, const fl_image_options *options, fl_image **image, fl_error *error)

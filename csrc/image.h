@@ -36,6 +36,10 @@ struct image_ops {
     /* The least end that a read met before the image's size: what was behind it was cut off, and stays lost when the image is made longer again.
        UINT64_MAX: none. NULL: the driver's images can't be cut off. */
     uint64_t (*ends_at)(fl_image *image);
+    /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at only. NULL: there is none. */
+    int (*descriptor)(fl_image *image);
+    /* Flush, and write all that closing would still write: until the next change through the image its file does not change. NULL: flush does that. */
+    int (*settle)(fl_image *image, fl_error *error);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -49,7 +53,7 @@ struct fl_image {
     const struct image_ops *ops;
     uint64_t size;
     uint32_t cluster_size, alignment;
-    bool writable, block_device, direct;
+    bool writable, block_device, direct, inspect;
     char *name;                 /* for messages: the path (a long one: its end), or what it is */
 
     atomic_bool punches;        /* discard gives space back and the range then reads as zeros; goes false when that turns out not to work */
@@ -91,6 +95,13 @@ int image_write_compressed(fl_image *image, const void *buffer, size_t length, u
 static inline uint64_t image_ends_at(fl_image *image)
 {
     return image->ops->ends_at ? image->ops->ends_at(image) : UINT64_MAX;
+}
+
+int image_settle(fl_image *image, fl_error *error);
+
+static inline int image_descriptor(fl_image *image)
+{
+    return image->ops->descriptor ? image->ops->descriptor(image) : -1;
 }
 
 /* raw.c */

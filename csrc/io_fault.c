@@ -270,6 +270,18 @@ static void faulty_info(fl_image *image, fl_image_info *info)
         inner->ops->info(inner, info);
 }
 
+/* It counts as a flush, and then the inner one does what it has to. */
+static int faulty_settle(fl_image *image, fl_error *error)
+{
+    int rc = image_flush(image, error);
+    return rc ? rc : image_settle(((struct faulty *)image)->inner, error);
+}
+
+static int faulty_descriptor(fl_image *image)
+{
+    return image_descriptor(((struct faulty *)image)->inner);
+}
+
 static uint64_t faulty_allocated(fl_image *image)
 {
     fl_image *inner = ((struct faulty *)image)->inner;
@@ -304,7 +316,7 @@ static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
     .write_compressed = faulty_write_compressed, .info = faulty_info, .extents = faulty_extents, .allocated = faulty_allocated,
-    .ends_at = faulty_ends_at, .destroy = faulty_destroy,
+    .ends_at = faulty_ends_at, .descriptor = faulty_descriptor, .settle = faulty_settle, .destroy = faulty_destroy,
 };
 
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error)

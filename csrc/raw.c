@@ -68,6 +68,11 @@ static uint64_t raw_ends_at(fl_image *image)
     return atomic_load(&io_of(image)->ends_at);
 }
 
+static int raw_descriptor(fl_image *image)
+{
+    return io_of(image)->fd;
+}
+
 static void raw_destroy(fl_image *image)
 {
     io_close(io_of(image));
@@ -76,7 +81,8 @@ static void raw_destroy(fl_image *image)
 static const struct image_ops raw_ops = {
     .format = "raw",
     .readv = raw_readv, .writev = raw_writev, .zero = raw_zero, .discard = raw_discard, .flush = raw_flush,
-    .extents = raw_extents, .allocated = raw_allocated, .ends_at = raw_ends_at, .destroy = raw_destroy,
+    .extents = raw_extents, .allocated = raw_allocated, .ends_at = raw_ends_at, .descriptor = raw_descriptor,
+    .destroy = raw_destroy,
 };
 
 /* An image whose file is not open yet, so that messages about the opening have a name that outlives it. */

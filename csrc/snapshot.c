@@ -404,28 +404,6 @@ uint64_t snapshot_total(fl_snapshot *snapshot)
     return total;
 }
 
-/* ---- latency: eight buckets for each doubling, exact below 8 ns ---- */
-
-void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns)
-{
-    unsigned bucket = (unsigned)ns;
-    if (ns >= 8) {
-        unsigned top = 63 - (unsigned)__builtin_clzll(ns);
-        bucket = MIN((top - 2) * 8 + (unsigned)(ns >> (top - 3) & 7), FL_LATENCY_BUCKETS - 1u);
-    }
-    atomic_fetch_add_explicit(&snapshot->latency[bucket], 1, memory_order_relaxed);
-    uint_least64_t max = atomic_load_explicit(&snapshot->latency_max, memory_order_relaxed);
-    while (ns > max && !atomic_compare_exchange_weak_explicit(&snapshot->latency_max, &max, ns, memory_order_relaxed, memory_order_relaxed))
-        ;
-}
-
-uint64_t fl_latency_bound(unsigned bucket)
-{
-    if (bucket >= FL_LATENCY_BUCKETS - 1)
-        return UINT64_MAX;
-    return bucket < 8 ? bucket : ((UINT64_C(9) + bucket % 8) << (bucket / 8 - 1)) - 1;
-}
-
 int fl_snapshot_stats(fl_snapshot *snapshot, fl_stats *out, fl_error *error)
 {
     fl_stats stats = { 0 };
@@ -440,9 +418,7 @@ int fl_snapshot_stats(fl_snapshot *snapshot, fl_stats *out, fl_error *error)
     stats.clusters_discarded = bitmap_count(&snapshot->released);
     stats.claim_waits = atomic_load(&snapshot->claim_waits);
     stats.reads_repeated = atomic_load(&snapshot->reads_repeated);
-    stats.latency_max = atomic_load(&snapshot->latency_max);
-    for (int i = 0; i < FL_LATENCY_BUCKETS; i++)
-        stats.latency_count += stats.latency[i] = atomic_load_explicit(&snapshot->latency[i], memory_order_relaxed);
+    stats.latency_count = latency_read(&snapshot->latency, stats.latency, &stats.latency_max);
     *out = stats;
     gate_leave(&snapshot->gate);
     return 0;
@@ -491,6 +467,8 @@ static int check_options(const fl_snapshot_options *options, uint32_t cluster_si
                     (unsigned long long)options->stage_size, cluster_size);
     if (options->on_cbw_error < FL_BREAK_SNAPSHOT || options->on_cbw_error > FL_LOSE_RANGE)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "unknown policy %d", options->on_cbw_error);
+    if (options->bitmap_mode < FL_BITMAP_ON_SUCCESS || options->bitmap_mode > FL_BITMAP_NEVER)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "unknown bitmap mode %d", options->bitmap_mode);
     if (options->fleecing && !options->fleecing->writable)
         return fail(error, EROFS, FL_SIDE_FLEECING, 0, 0, "%.300s: the fleecing image is not open for writing", options->fleecing->name);
     if (bitmap_granularity && bitmap_granularity < cluster_size)
@@ -521,6 +499,7 @@ int snapshot_create(fl_image *source, const fl_snapshot_options *options, uint64
     snapshot->clusters = div_up(snapshot->size, cluster_size);
     snapshot->on_cbw_error = options->on_cbw_error;
     snapshot->cbw_timeout = options->cbw_timeout;
+    snapshot->bitmap_mode = options->bitmap_mode;
     if (bitmap_granularity) {
         snapshot->incremental = true;
         snapshot->frozen_shift = (unsigned)__builtin_ctzll(bitmap_granularity) - snapshot->shift;

@@ -14,6 +14,7 @@
 
 #include "bitmap.h"
 #include "store.h"
+#include "util/latency.h"
 
 enum snapshot_state { SNAPSHOT_LIVE, SNAPSHOT_BROKEN, SNAPSHOT_ENDED };
 
@@ -24,12 +25,14 @@ struct fl_snapshot {
     int on_cbw_error;
     uint64_t cbw_timeout;
     bool incremental;
+    int bitmap_mode;            /* enum fl_bitmap_mode */
     struct bitmap frozen;       /* of an incremental: what belongs to it, one bit per 2^frozen_shift clusters; set at the cut */
     unsigned frozen_shift;
 
     /* disk.c's */
-    fl_disk *disk;              /* that it was cut from: a reference, until close */
-    struct dirty *dirty;        /* where `frozen` came from; under the disk's lock */
+    fl_disk *disk;              /* that it was cut from: a reference, until close, which takes it away under `lock` */
+    struct dirty *dirty;        /* where `frozen` came from; under the disk's lock, as is the next */
+    enum { UNSETTLED, COMMITTED, ABORTED } settled;     /* what becomes of `frozen` was decided */
 
     struct bitmap claimed, saved, zero, released, lost;
 
@@ -40,7 +43,6 @@ struct fl_snapshot {
     struct store *store;
 
     atomic_int state;           /* enum snapshot_state; only goes up */
-    atomic_bool committed;
     pthread_mutex_t lock;       /* protects `first`, and the waits for claims */
     fl_error first;             /* why it broke */
     atomic_uint claim_waiters;
@@ -48,8 +50,7 @@ struct fl_snapshot {
 
     /* atomic counters of fl_stats */
     atomic_uint_least64_t clusters_saved, bytes_copied, zero_clusters, clusters_lost, claim_waits, reads_repeated;
-    atomic_uint_least64_t latency_max;
-    atomic_uint_least64_t latency[FL_LATENCY_BUCKETS];
+    struct latency latency;     /* that copy-before-write added to guest writes */
 };
 
 /* ---- for cbw.c ---- */
@@ -71,7 +72,6 @@ int snapshot_source_kept(const fl_snapshot *snapshot, uint64_t offset, uint64_t 
 void snapshot_break(fl_snapshot *snapshot, const fl_error *cause);
 /* Claims ended: wake whoever waits for them. Call it after the bits were changed. */
 void snapshot_claims_changed(fl_snapshot *snapshot);
-void snapshot_count_latency(fl_snapshot *snapshot, uint64_t ns);
 
 /* ---- for disk.c ---- */
 

@@ -20,20 +20,25 @@ from pyfleece.errors import (
     ClosedError,
     DiscardedError,
     Error,
+    FileSystemError,
     ForkedError,
     FormatError,
     FreezeError,
     ImageError,
     ImageLockedError,
+    InconsistentBitmapError,
     LostError,
     OutOfRangeError,
     OutsideBitmapError,
     SnapshotBrokenError,
     TruncatedError,
 )
+from pyfleece.extract import CopyResult
+from pyfleece.files import FileEntry, Files, Volume, files
 from pyfleece.group import FreezeReport, SnapshotGroup, snapshot_group
 from pyfleece.image import Image, create, open
 from pyfleece.image_info import ImageInfo, InternalSnapshot, MapEntry, PersistentBitmap, Qcow2Info
+from pyfleece.mount import Mount, MountSnapshot, mount
 from pyfleece.progress import Bar, Progress
 from pyfleece.snapshot import Latency, Snapshot, SnapshotFile, Stats
 
@@ -49,11 +54,15 @@ __all__ = [
     "Chunk",
     "Chunks",
     "ClosedError",
+    "CopyResult",
     "DirtyBitmap",
     "DiscardedError",
     "Disk",
     "Error",
     "Extent",
+    "FileEntry",
+    "FileSystemError",
+    "Files",
     "Finding",
     "ForkedError",
     "FormatError",
@@ -64,10 +73,13 @@ __all__ = [
     "ImageError",
     "ImageInfo",
     "ImageLockedError",
+    "InconsistentBitmapError",
     "InternalSnapshot",
     "Latency",
     "LostError",
     "MapEntry",
+    "Mount",
+    "MountSnapshot",
     "OutOfRangeError",
     "OutsideBitmapError",
     "PersistentBitmap",
@@ -80,11 +92,14 @@ __all__ = [
     "SnapshotGroup",
     "Stats",
     "TruncatedError",
+    "Volume",
     "__version__",
     "backup",
     "backup_group",
     "check",
     "create",
+    "files",
+    "mount",
     "open",
     "snapshot_group",
 ]

@@ -7,6 +7,7 @@ ends the wait and is raised from the call.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import os
@@ -59,6 +60,40 @@ def _install_hook() -> None:
 
 _install_hook()
 os.register_at_fork(after_in_child=_install_hook)
+
+
+# ---- what a backup copies ----
+
+PieceHook = Callable[[int, int, "memoryview | None"], None]
+# By number, and not by address: a thread that hung in the kernel may come back when its backup is long forgotten.
+_hooks: dict[int, tuple[PieceHook, list[BaseException]]] = {}
+_hook_numbers = itertools.count(1)
+
+
+def add_piece_hook(hook: PieceHook, failures: list[BaseException]) -> int:
+    """Let `hook` see the pieces of the backup that gets the number returned as its `piece_context`. What it raises is
+    added to `failures`, and ends the backup.
+    """
+    number = next(_hook_numbers)
+    _hooks[number] = hook, failures
+    return number
+
+
+def drop_piece_hook(number: int) -> None:
+    _hooks.pop(number, None)
+
+
+@ffi.def_extern(name="pyfleece_piece", error=1)  # type: ignore[untyped-decorator, unused-ignore]
+def _piece(number: int, offset: int, length: int, data: Any) -> int:
+    hook, failures = _hooks.get(number, (None, []))
+    if hook is None:
+        return 1
+    try:
+        hook(offset, length, memoryview(ffi.buffer(data, length)) if data else None)
+    except BaseException as error:
+        failures.append(error)
+        return 1
+    return 0
 
 
 # ---- calls ----

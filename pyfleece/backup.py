@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Union
 
 from pyfleece import _binding
-from pyfleece._binding import Extent, Resource, call, call_code, positive
+from pyfleece._binding import Extent, PieceHook, Resource, call, call_code, positive
 from pyfleece._native import ffi, lib
 from pyfleece.chunks import Chunks, lost_ranges
 from pyfleece.errors import CancelledError, ClosedError, Error, ForkedError, invalid
@@ -83,6 +83,7 @@ class Backup(Resource):
         backing: Path | None = None,
         backing_format: str | None = None,
         backing_root: BackingRoot = None,
+        on_piece: PieceHook | None = None,
     ) -> None:
         super().__init__()
         given = type(snapshot).__name__
@@ -108,6 +109,9 @@ class Backup(Resource):
         self._process = os.getpid()
         self._started = False
         self._publishes = True          # False: a group does it, when all of its jobs are sealed
+        self._on_piece = on_piece
+        self._piece_failures: list[BaseException] = []
+        self._piece_number = 0
         self._done = threading.Event()
         # Written by the watching thread before `_done` is set.
         self._failure: BaseException | None = None
@@ -247,6 +251,9 @@ class Backup(Resource):
         options.target_is_zero = target.is_zero
         options.compress = bool(self._options.compress)
         options.skip_lost = self._skip_lost
+        if self._on_piece is not None:
+            self._piece_number = _binding.add_piece_hook(self._on_piece, self._piece_failures)
+            options.on_piece, options.piece_context = lib.pyfleece_piece, self._piece_number
         snapshot, image = self._snapshot._handle, target.image._handle
         self._job = _binding.make("fl_backup **", lib.fl_backup_free, lib.fl_backup_start, snapshot, image, options)
 
@@ -267,8 +274,11 @@ class Backup(Resource):
             self._target.abandon()
             cancelled = self._cancelled and isinstance(error, (CancelledError, ClosedError))
             self._failure = CancelledError("the backup was cancelled") if cancelled else error
+            if self._piece_failures and not cancelled:
+                self._failure = self._piece_failures[0]
         finally:
             self._tidy()
+            _binding.drop_piece_hook(self._piece_number)
             self._done.set()
 
     def _pump(self, chunks: Chunks) -> None:
@@ -276,6 +286,8 @@ class Backup(Resource):
         position = 0
         for chunk in chunks:
             self._write_zeros(position, chunk.offset)
+            if self._on_piece is not None:
+                self._on_piece(chunk.offset, chunk.length, chunk.buffer)
             self._target.write(chunk.offset, chunk.length, chunk.buffer)
             position = chunk.offset + chunk.length
             chunk.ack()
@@ -414,6 +426,7 @@ def backup(
     backing: Path | None = None,
     backing_format: str | None = None,
     backing_root: BackingRoot = None,
+    on_piece: PieceHook | None = None,
 ) -> Result:
     """Copy a snapshot to a target, and return when the copy is on stable storage.
 
@@ -436,6 +449,9 @@ def backup(
     that is a terminal.
     `skip_lost`: leave out what was lost or discarded, and list it in the result, instead of failing. None: if the
     snapshot's policy is "lose-range".
+    `on_piece`: called with (offset, length, data) of each piece that is copied, by the threads that copy, several at
+    once and in any order, while they hold it: for digests. `data` is valid during the call; None: zeros. What it raises
+    ends the backup.
 
     For a new qcow2 image:
     `backing`, `backing_format`: a backing file, as `create` takes them: for an incremental, the backup before it. What
@@ -458,6 +474,7 @@ def backup(
         skip_lost=skip_lost,
         target_is_zero=target_is_zero,
         format=format,
+        on_piece=on_piece,
         compress=compress,
         target_cluster_size=target_cluster_size,
         backing=backing,

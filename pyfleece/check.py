@@ -32,7 +32,8 @@ class Finding:
     repaired: bool
 
     def __str__(self) -> str:
-        places = [f"{name} offset {at:#x}" for name, at in (("guest", self.guest), ("host", self.host)) if at is not None]
+        offsets = (("guest", self.guest), ("host", self.host))
+        places = [f"{name} offset {at:#x}" for name, at in offsets if at is not None]
         if self.host is not None and self.length:
             places[-1] += f", {self.length} bytes"
         what = f"{'repaired ' if self.repaired else ''}{self.kind}"
@@ -64,7 +65,9 @@ class CheckResult:
         return 2 if self.corruptions else 3 if self.leaks else 0
 
 
-def check(path: image.Path, repair: str | None = None, *, format: str | None = None, share: bool = False) -> CheckResult:
+def check(
+    path: image.Path, repair: str | None = None, *, format: str | None = None, share: bool = False
+) -> CheckResult:
     """Check a qcow2 image that is not open anywhere, and repair it: "leaks" only frees what nobody uses, "all" puts
     everything right that can be known.
 

@@ -14,10 +14,10 @@ import traceback
 from types import FrameType
 
 import pyfleece
-from pyfleece.commands import backup, check, demo, image
+from pyfleece.commands import backup, bench, chain, check, ctl, demo, files, image, serve
 from pyfleece.commands.kit import Failure, say
 from pyfleece.demo import DemoError
-from pyfleece.errors import Error, FormatError, ImageLockedError
+from pyfleece.errors import Error, FormatError, ImageLockedError, describe
 
 OK, FAILED = 0, 1
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyfleece {pyfleece.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    for group in (backup, image, check, demo):
+    for group in (backup, chain, image, files, check, serve, ctl, bench, demo):
         group.add(commands)
     return parser
 
@@ -83,21 +83,14 @@ def _tell(error: BaseException, debug: bool) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error)
-    if isinstance(error, Error):
-        if error.side is not None:
-            text = f"{error.side}: {text}"
-        if error.offset is not None and str(error.offset) not in text:
-            text += f" (at {error.offset}, {error.length} bytes)"
-        if isinstance(error, FormatError) and "format=" in text:
-            text += f" (here: {'--target-format' if error.side == 'target' else '--format'})"
-        if "backing_root" in text:
-            text += " (here: --backing-root)"
-        if isinstance(error, ImageLockedError) and error.side in (None, "source"):
-            text += " (here: --share)"
-    elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    text = describe(error)
+    if isinstance(error, FormatError) and "format=" in text:
+        text += f" (here: {'--target-format' if error.side == 'target' else '--format'})"
+    if "backing_root" in text:
+        text += " (here: --backing-root)"
+    if isinstance(error, ImageLockedError) and error.side in (None, "source"):
+        text += " (here: --share)"
+    return text
 
 
 def _drop_output() -> None:

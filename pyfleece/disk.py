@@ -4,18 +4,20 @@ overwrites.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyfleece import _binding
-from pyfleece._binding import Resource, call, nanoseconds, positive, unsigned
+from pyfleece._binding import Resource, call, call_code, nanoseconds, positive, unsigned
 from pyfleece._native import ffi, lib
-from pyfleece.bitmap import Bitmaps
+from pyfleece.bitmap import SUFFIX, Bitmaps
 from pyfleece.errors import invalid
 from pyfleece.fleecing import Fleecing, open_fleecing
 from pyfleece.image import Image, Path
-from pyfleece.snapshot import POLICIES, Snapshot
+from pyfleece.snapshot import BITMAP_MODES, POLICIES, Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -28,15 +30,28 @@ class Disk(Resource):
     snapshots. What is written around the disk, to the image itself, snapshots do not see. All methods raise
     `ClosedError` once it is closed, `ForkedError` in a forked child, `OutOfRangeError` beyond the end, and
     `ImageError` (an OSError) when the storage fails.
+
+    `bitmap_file`: where the persistent dirty bitmaps are: a path; None: the name of the image and `.fleece-bitmaps`
+    (a block device has no such default); False: nowhere. One that is there is opened, and its bitmaps are the disk's
+    again; `FormatError` when it is damaged, `ImageLockedError` when another disk uses it. Closing the disk flushes the
+    source then.
     """
 
-    def __init__(self, source: Image) -> None:
+    def __init__(self, source: Image, *, bitmap_file: Path | Literal[False] | None = None) -> None:
         super().__init__()
         if not isinstance(source, Image):
             raise TypeError(f"a Disk is made on an Image, not on {type(source).__name__}: see pyfleece.open")
         self._source = source
         self._handle = _binding.make("fl_disk **", lib.fl_disk_free, lib.fl_disk_open, source._handle)
         self._size = int(lib.fl_disk_size(self._handle))
+        self._bitmap_file = _bitmap_file(source, bitmap_file)
+        self._has_bitmap_file = False
+        if self._bitmap_file is not None:
+            try:
+                self._open_bitmap_file(create=False)
+            except BaseException as error:
+                _binding.close_after(self._close, error)
+                raise
         source._users.add(self)
 
     @property
@@ -52,6 +67,18 @@ class Disk(Resource):
     def bitmaps(self) -> Bitmaps:
         """The dirty bitmaps, by name: what was written since."""
         return Bitmaps(self)
+
+    def _open_bitmap_file(self, create: bool) -> None:
+        handle, path = self._handle, self._bitmap_file
+        missing = () if create else (-errno.ENOENT,)
+        self._has_bitmap_file = call_code(lib.fl_disk_bitmap_file, handle, path, create, expected=missing) == 0
+
+    def _make_bitmap_file(self) -> None:
+        """For the first persistent bitmap."""
+        if self._bitmap_file is None:
+            raise invalid("there is no file for persistent bitmaps: give the Disk a path as bitmap_file=")
+        if not self._has_bitmap_file:
+            self._open_bitmap_file(create=True)
 
     def pread(self, count: int, offset: int) -> bytes:
         """The `count` bytes at `offset`: all of them, or an exception."""
@@ -90,6 +117,7 @@ class Disk(Resource):
         *,
         cluster_size: int | None = None,
         bitmap: str | None = None,
+        bitmap_mode: str = "on-success",
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: float = 45.0,
         fleecing_limit: int | None = None,
@@ -109,7 +137,10 @@ class Disk(Resource):
         `cluster_size`: the unit in which old data is saved: a power of two from 4096 on; None: a default for random
         writes.
         `bitmap`: the name of a dirty bitmap: the snapshot has only what is dirty in it (an incremental), and the
-        bitmap starts anew.
+        bitmap starts anew. `InconsistentBitmapError`: it is no base for an incremental.
+        `bitmap_mode`: when what was frozen is merged back into the bitmap: "on-success": unless `commit` is called;
+        "always": as above, but without a commit only what was not discarded from the snapshot (copied, that is);
+        "never": always: the bitmap just says what to copy. Ranges that were lost come back in any case.
         `on_cbw_error`: what happens when old data can't be saved: "break-snapshot": the guest goes on, reading the
         snapshot raises from then on; "break-guest-write": the write fails, the snapshot lives; "lose-range": the
         guest goes on, these clusters are lost.
@@ -121,6 +152,7 @@ class Disk(Resource):
         return cut(
             [self],
             [(fleecing, bitmap)],
+            bitmap_mode=bitmap_mode,
             cluster_size=cluster_size,
             on_cbw_error=on_cbw_error,
             cbw_timeout=cbw_timeout,
@@ -140,6 +172,7 @@ def cut(
     disks: Sequence[Disk],
     each: Sequence[tuple[Fleecing, str | None]],
     *,
+    bitmap_mode: str,
     cluster_size: int | None,
     on_cbw_error: str,
     cbw_timeout: float,
@@ -150,6 +183,8 @@ def cut(
     """Snapshots of several disks at one instant: all or none. `each`: per disk, its fleecing= and its bitmap=."""
     if on_cbw_error not in POLICIES:
         raise invalid(f"on_cbw_error is {on_cbw_error!r}; it can be {', '.join(POLICIES)}")
+    if bitmap_mode not in BITMAP_MODES:
+        raise invalid(f"bitmap_mode is {bitmap_mode!r}; it can be {', '.join(BITMAP_MODES)}")
     options = ffi.new("fl_snapshot_options[]", len(disks))
     images: list[tuple[Image | None, bool]] = []
     names = []                          # keeps what the options point at alive
@@ -163,6 +198,7 @@ def cut(
             if bitmap is not None:
                 names.append(ffi.new("char[]", bitmap.encode()))
                 option.bitmap = names[-1]
+            option.bitmap_mode = BITMAP_MODES[bitmap_mode]
             image, ours = open_fleecing(fleecing, fleecing_dir, disk.source)
             images.append((image, ours))
             if image is not None:
@@ -180,6 +216,19 @@ def cut(
             snapshots.append(snapshot)
         undo.pop_all()
     return snapshots
+
+
+def _bitmap_file(source: Image, chosen: Path | Literal[False] | None) -> bytes | None:
+    if chosen is False:
+        return None
+    if chosen is not None:
+        path = os.fsencode(chosen)
+        if not path or b"\0" in path:
+            raise invalid(f"bitmap_file is no path: {chosen!r}")
+        return os.path.abspath(path)
+    if source.path is None or source.info.block_device:
+        return None                     # beside a device there is no place that lasts
+    return os.path.realpath(os.fsencode(source.path)) + SUFFIX.encode()
 
 
 def _free(snapshots: Any) -> None:

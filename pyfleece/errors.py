@@ -75,6 +75,10 @@ class OutsideBitmapError(Error):
     """This range is not in the dirty bitmap that the snapshot was taken with."""
 
 
+class InconsistentBitmapError(Error):
+    """The dirty bitmap may miss writes, so it is no base for an incremental: only a full backup is a backup."""
+
+
 class OutOfRangeError(Error, ValueError):
     """The range is negative, or ends beyond the end of the image."""
 
@@ -89,6 +93,10 @@ class ForkedError(Error, RuntimeError):
 
 class FormatError(Error):
     """The format of an image is unknown, not supported, or damaged."""
+
+
+class FileSystemError(Error):
+    """A file system or partition table inside of an image is damaged, or of a kind that can't be read."""
 
 
 class CancelledError(Error):
@@ -115,6 +123,7 @@ _OWN: dict[int, type[Error]] = {
     lib.FL_EDISCARDED: DiscardedError,
     lib.FL_ELOST: LostError,
     lib.FL_EOUTSIDE: OutsideBitmapError,
+    lib.FL_EINCONSISTENT: InconsistentBitmapError,
     lib.FL_ERANGE: OutOfRangeError,
     lib.FL_ECLOSED: ClosedError,
     lib.FL_EFORKED: ForkedError,
@@ -181,3 +190,16 @@ def from_os_error(
 def invalid(text: str) -> ArgumentError:
     """An argument that is rejected before C sees it."""
     return ArgumentError(_errno.EINVAL, text)
+
+
+def describe(error: BaseException) -> str:
+    """A failure in one line for people: which side, what, and where."""
+    text = str(error)
+    if isinstance(error, Error):
+        if error.side is not None:
+            text = f"{error.side}: {text}"
+        if error.offset is not None and str(error.offset) not in text:
+            text += f" (at {error.offset}, {error.length} bytes)"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar, Union, overload
@@ -24,6 +24,9 @@ from pyfleece.snapshot import Snapshot
 # A callable without arguments, or a command and its arguments.
 Hook = Union[Callable[[], Any], Sequence[str]]
 T = TypeVar("T")
+
+# Held from a freeze to its thaw. Each hook has a deadline, so this wait has an end.
+_turn = threading.Lock()
 
 OK, SKIPPED, TIMED_OUT = "ok", "not run", "timed out"
 
@@ -87,6 +90,7 @@ def snapshot_group(
     *,
     cluster_size: int | None = None,
     bitmap: str | Sequence[str | None] | Mapping[Disk, str | None] | None = None,
+    bitmap_mode: str = "on-success",
     on_cbw_error: str = "break-snapshot",
     cbw_timeout: float = 45.0,
     fleecing_limit: int | None = None,
@@ -107,6 +111,8 @@ def snapshot_group(
     behind. `thaw` is always called once freezing was tried: also when it failed or hung, when the cut failed, and
     once more when a freeze that was given up ends after all. `freeze_report` of the result tells how they ended.
 
+    Groups with hooks take turns, in one process: one group's thaw must not wake a guest up that another one froze.
+
     Raises `FreezeError` (with the `report`) when freezing failed: nothing was cut then. A thaw that fails does not
     undo a good cut: it is in the report, and a RuntimeWarning is given.
     """
@@ -121,7 +127,7 @@ def snapshot_group(
     each = list(zip(_spread(fleecing, disks, "fleecing"), _spread(bitmap, disks, "bitmap")))
     timeout = nanoseconds(freeze_timeout, "freeze_timeout") / 1e9
     report = FreezeReport()
-    with ExitStack() as undo:
+    with _turn if freeze is not None or thaw is not None else nullcontext(), ExitStack() as undo:
         try:
             if freeze is not None:
                 report.freeze = _run(freeze, timeout, late=thaw)
@@ -130,6 +136,7 @@ def snapshot_group(
             snapshots = cut(
                 disks,
                 each,
+                bitmap_mode=bitmap_mode,
                 cluster_size=cluster_size,
                 on_cbw_error=on_cbw_error,
                 cbw_timeout=cbw_timeout,

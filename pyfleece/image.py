@@ -136,6 +136,7 @@ def open(
     share: bool = False,
     cache_size: int | None = None,
     backing_root: BackingRoot = None,
+    inspect: bool = False,
 ) -> Image:
     """Open an existing image: a regular file or a block device.
 
@@ -147,6 +148,8 @@ def open(
     `backing_root`: a directory; backing files are opened only below it, after symbolic links are resolved. None: below
     the directory of the image that names them. "/": anywhere. False: never. An image names its backing file itself, so
     whoever made it chose the name. They are opened read-only, and only if the image tells their format as well.
+    `inspect`: open no backing file, wherever it is; of a qcow2 image there is then no more than `info`,
+    `internal_snapshots` and `persistent_bitmaps`, and nothing can be read.
 
     Raises `ImageLockedError` when another program (QEMU too), or another open in this one, uses it; `FormatError` when
     it is damaged, or needs a feature that is not supported; `ImagePermissionError` for a backing file that is not
@@ -157,6 +160,7 @@ def open(
     name, encoded = _names(path)
     chosen = _checked(format, name) if format is not None else _format_of(path, name)
     options = _Options(chosen, mode == "r+", direct, share, cache_size, backing_root)
+    options.raw.inspect = inspect and chosen != "raw"
     image = _make(lib.fl_image_open, (encoded,), name, path, options)
     if format is None and chosen == "raw":
         try:

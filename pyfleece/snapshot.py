@@ -25,19 +25,24 @@ POLICIES = {
     "break-guest-write": lib.FL_BREAK_GUEST_WRITE,
     "lose-range": lib.FL_LOSE_RANGE,
 }
+BITMAP_MODES = {
+    "on-success": lib.FL_BITMAP_ON_SUCCESS,
+    "always": lib.FL_BITMAP_ALWAYS,
+    "never": lib.FL_BITMAP_NEVER,
+}
 _BOUNDS = (*(lib.fl_latency_bound(i) / 1e9 for i in range(lib.FL_LATENCY_BUCKETS - 1)), math.inf)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What copy-before-write added to guest writes, in seconds."""
+    """How long operations took, in seconds: a histogram. In `Stats`: what copy-before-write added to guest writes."""
 
-    count: int                                      # guest writes measured
+    count: int                                      # operations measured
     max: float
-    histogram: tuple[tuple[float, int], ...]        # (upper bound, writes) of the buckets that are not empty, in order
+    histogram: tuple[tuple[float, int], ...]        # (upper bound, operations) of the buckets that are not empty
 
     def percentile(self, percent: float) -> float:
-        """The latency that `percent` of the guest writes did not exceed, to the precision of the histogram. 0 when
+        """The latency that `percent` of the operations did not exceed, to the precision of the histogram. 0 when
         there was none.
         """
         if not 0 <= percent <= 100:
@@ -56,6 +61,12 @@ class Latency:
     @property
     def p99(self) -> float:
         return self.percentile(99)
+
+
+def latency_of(counts: Any, count: int, longest: int) -> Latency:
+    """From C's `uint64_t[FL_LATENCY_BUCKETS]`, their sum, and nanoseconds."""
+    filled = zip(_BOUNDS, counts[0 : lib.FL_LATENCY_BUCKETS])
+    return Latency(count, longest / 1e9, tuple((bound, writes) for bound, writes in filled if writes))
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,7 @@ class Snapshot(Resource):
         """What it did so far."""
         raw = ffi.new("fl_stats *")
         call(lib.fl_snapshot_stats, self._handle, raw)
-        counts = raw.latency[0 : lib.FL_LATENCY_BUCKETS]
-        histogram = tuple((_BOUNDS[i], n) for i, n in enumerate(counts) if n)
-        latency = Latency(raw.latency_count, raw.latency_max / 1e9, histogram)
+        latency = latency_of(raw.latency, raw.latency_count, raw.latency_max)
         return Stats(latency=latency, **{name: getattr(raw, name) for name in _COUNTERS})
 
     @property
@@ -195,10 +204,16 @@ class Snapshot(Resource):
         call(lib.fl_snapshot_check, self._handle)
 
     def commit(self) -> None:
-        """Say that the incremental backup made of this snapshot is good: `close` does not merge the frozen dirty
-        bitmap back.
+        """Say that the incremental backup made of this snapshot is good, and on stable storage: the frozen dirty
+        bitmap is dropped (see `bitmap_mode`). Not after `abort`.
         """
         call(lib.fl_snapshot_commit, self._handle)
+
+    def abort(self) -> None:
+        """Say that it is not: the frozen dirty bitmap is merged back. Closing does that too, where neither was called.
+        Not after `commit`.
+        """
+        call(lib.fl_snapshot_abort, self._handle)
 
     def _close(self) -> None:
         # First the image: its last user is then a thread of the snapshot's own, so that storage that hangs when a file

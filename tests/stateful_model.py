@@ -328,6 +328,9 @@ class Cut:
 
     def commit(self) -> None:
         self.real.commit()
+        if self.frozen is not None and not self.committed:  # what was lost is in no backup
+            each = self.frozen.granularity // self.cluster
+            self.frozen.units |= {cluster // each for cluster in self.lost}
         self.committed = True
 
     def note_closed(self) -> None:

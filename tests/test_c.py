@@ -19,7 +19,8 @@ from conftest import missing
 
 SECONDS = float(os.environ.get("PYFLEECE_STRESS_SECONDS", "4"))
 SEED = os.environ.get("PYFLEECE_STRESS_SEED") or str(random.randrange(1, 1 << 32))
-PROGRAMS = sorted(source.stem for pattern in ("test_image*.c", "test_backup*.c") for source in C.glob(pattern))
+PATTERNS = ("test_image*.c", "test_backup*.c", "test_qcow2*.c", "test_fuse.c")
+PROGRAMS = sorted(source.stem for pattern in PATTERNS for source in C.glob(pattern))
 
 
 def stress(flavour: str, directory: Path, *options: str, seconds: float = SECONDS) -> dict[str, int]:
@@ -46,6 +47,17 @@ VARIANTS = [("--direct",), ("--threads", "12"), ("--threads", "1"), ("--mode", "
 def test_stress_variants(options: tuple[str, ...], tmp_path: Path) -> None:
     happened = stress("plain", tmp_path, *options, seconds=2)
     assert happened["bytes_verified"] > 0
+
+
+QCOW2 = ("--source", "qcow2", "--fleecing", "qcow2", "--target", "qcow2")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("options", [QCOW2, (*QCOW2, "--direct")], ids=["", "direct"])
+def test_stress_on_qcow2(flavour: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    happened = stress(flavour, tmp_path, *options, seconds=SECONDS / 2)
+    assert happened["bytes_verified"] > 0
+    assert happened["discards"] > 0
 
 
 # Lies that no error betrays: only the comparison with the model can notice them.

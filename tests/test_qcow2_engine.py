@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import c_programs
 import pytest
 import qcow2_kit as kit
 from conftest import MIB, require, run, wait_for
@@ -23,7 +22,6 @@ import pyfleece
 pytestmark = pytest.mark.usefixtures("no_leaks")
 POLICIES = ("break-snapshot", "break-guest-write", "lose-range")
 SEED = int(os.environ.get("PYFLEECE_SEED", "1"))
-STRESS_SECONDS = float(os.environ.get("PYFLEECE_STRESS_SECONDS", "4"))
 
 
 @pytest.fixture(autouse=True)
@@ -331,21 +329,6 @@ def test_discard_beside_a_write_to_the_same_cluster(tmp_path: Path) -> None:
             for offset in range(0, disk.size, cluster):
                 disk.pwrite(os.urandom(cluster), offset)
     check(path)
-
-
-@pytest.mark.parametrize("flavour", c_programs.FLAVOURS)
-@pytest.mark.timeout(3 * STRESS_SECONDS + 200)
-def test_stress(flavour: str, tmp_path: Path) -> None:
-    """The stress program with qcow2 for sources, fleecing images and targets, plain and under the sanitizers."""
-    seed = os.environ.get("PYFLEECE_STRESS_SEED") or str(random.randrange(1, 1 << 32))
-    options = ["--qcow2", "--seconds", str(max(1, round(STRESS_SECONDS))), "--seed", seed]
-    output = c_programs.run(flavour, "stress", tmp_path, *options, timeout=2 * STRESS_SECONDS + 100)
-    print(output)
-    happened = dict(line.split()[:2] for line in output.splitlines() if len(line.split()) == 2)
-    for event in ("writes", "discards", "exact_cuts", "hot_cuts", "bytes_verified", "bytes_spilled", "backups"):
-        assert int(happened[event]) > 0, event
-    for name in ("source.qcow2", "twin.qcow2"):
-        check(tmp_path / name)
 
 
 RACES = [("cluster_size=4096", False), ("cluster_size=65536", True), ("compat=0.10,cluster_size=4096", False)]

@@ -3,8 +3,8 @@
  * The name stands in the image, so whoever could write the image chose it: a guest with a raw disk that is taken for qcow2, or somebody who
  * hands in an image. Opened without care it is a way to read any file of this machine. So:
  *
- *   - its format must be told by the image too. To find out by looking would make a raw backing file that begins with a qcow2 header, which its
- *     guest can write, into an image that names files;
+ *   - its format must be told by the image too. To find out by looking would make a raw backing file that begins with a qcow2 header, which
+ *     its guest can write, into an image that names files;
  *   - the name is a path, whatever it looks like to others: no protocols, no "json:", no options; what would be one elsewhere is refused;
  *   - it must be below a directory that the caller allows, and that is found out after symbolic links are resolved. Whoever can rename or
  *     replace directories there meanwhile is not kept out: that takes more rights than to hand in an image;
@@ -18,8 +18,8 @@
 
 #include "qcow2.h"
 
-/* The images that this thread is in the middle of opening, from the newest to the first: opening a backing file opens its backing file, and so
-   on, on one stack. */
+/* The images that this thread is in the middle of opening, from the newest to the first: opening a backing file opens its backing file, and
+   so on, on one stack. */
 struct link {
     const struct link *overlay;
     dev_t device; ino_t inode;
@@ -81,8 +81,8 @@ static int check_name(const struct header *h, const char *image, fl_error *error
     if (!is_printable(h->backing))
         return refuse(h, image, FL_EFORMAT, error, "with control characters in its name, which is refused");
     if (has_protocol(h->backing))
-        return refuse(h, image, FL_EFORMAT, error, "which is not a plain path but a protocol or options; only files are opened: if it is one, "
-                      "name it './...' with qemu-img rebase -u");
+        return refuse(h, image, FL_EFORMAT, error, "which is not a plain path but a protocol or options; only files are opened: if "
+                      "it is one, name it './...' with qemu-img rebase -u");
     if (!*h->backing_format)
         return refuse(h, image, FL_EFORMAT, error, "but not its format (header extension 0xe2792aca), and nothing is guessed; tell it with "
                       "qemu-img rebase -u -b FILE -F FORMAT");
@@ -190,7 +190,8 @@ static void tell_of_which(const char *image, fl_error *error)
 }
 
 /* Open the file that was found; a loop, or a chain that is too long, ends here. */
-static int open_link(const struct header *h, const char *image, const char *path, const fl_image_options *options, fl_image **backing, fl_error *error)
+static int open_link(const struct header *h, const char *image, const char *path, const fl_image_options *options, fl_image **backing,
+                     fl_error *error)
 {
     struct stat st;
     if (stat(image, &st) < 0)
@@ -222,7 +223,7 @@ int backing_open(const struct header *header, const char *path, const fl_image_o
 {
     char *resolved = NULL;
     *backing = NULL;
-    if (!*header->backing)
+    if (!*header->backing || options->inspect)
         return 0;
     const char *root = options->backing_root;
     if (root && !strcmp(root, "-"))

@@ -1,7 +1,7 @@
 /* bitmaps.c: the directory of persistent dirty bitmaps (section "Bitmaps extension"): parsed, validated, listed.
  *
- * The bitmaps themselves are neither loaded nor kept up to date here. Whoever writes the image without doing so makes the extension void before the
- * first write, by its autoclear bit; header_read then finds none.
+ * The bitmaps themselves are neither loaded nor kept up to date here. Whoever writes the image without doing so makes the extension void
+ * before the first write, by its autoclear bit; header_read then finds none.
  */
 #define _GNU_SOURCE
 #include <endian.h>
@@ -20,7 +20,8 @@ static uint16_t u16_at(const unsigned char *p) { uint16_t v; memcpy(&v, p, 2); r
 static uint32_t u32_at(const unsigned char *p) { uint32_t v; memcpy(&v, p, 4); return be32toh(v); }
 static uint64_t u64_at(const unsigned char *p) { uint64_t v; memcpy(&v, p, 8); return be64toh(v); }
 
-#define REFUSE(format, ...) fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: dirty bitmap %zu " format, io->name, index, __VA_ARGS__)
+#define REFUSE(format, ...) \
+    fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: dirty bitmap %zu " format, io->name, index, __VA_ARGS__)
 
 /* Where the bits of a bitmap are: one entry for each cluster of them. */
 static int check_bits(struct io *io, const struct header *h, size_t index, const struct bitmap_entry *entry, fl_error *error)
@@ -35,15 +36,16 @@ static int check_bits(struct io *io, const struct header *h, size_t index, const
     if (entry->table_size > MAX_L1_BYTES / 8)
         return REFUSE("has a table of %" PRIu32 " entries; %" PRIu64 " are the most", entry->table_size, MAX_L1_BYTES / 8);
     if (!in_range(entry->table_size * UINT64_C(8), entry->table_offset, io_length(io)))
-        return REFUSE("has its table, of %" PRIu32 " entries at %" PRIu64 ", beyond the end of the file", entry->table_size, entry->table_offset);
+        return REFUSE("has its table, of %" PRIu32 " entries at %" PRIu64 ", beyond the end of the file", entry->table_size,
+                      entry->table_offset);
     if (entry->table_size != needed && !(entry->flags & BITMAP_IN_USE))
         return REFUSE("has a table of %" PRIu32 " entries; a disk of %" PRIu64 " bytes needs %" PRIu64, entry->table_size, h->size, needed);
     return 0;
 }
 
 /* The entry at the front of `left` bytes. *used: how many it takes. */
-static int parse_entry(struct io *io, const struct header *h, size_t index, const unsigned char *bytes, uint64_t left, struct bitmap_entry *entry, uint64_t *used,
-                       fl_error *error)
+static int parse_entry(struct io *io, const struct header *h, size_t index, const unsigned char *bytes, uint64_t left,
+                       struct bitmap_entry *entry, uint64_t *used, fl_error *error)
 {
     if (left < FIXED)
         return REFUSE("is beyond the end of the directory, %" PRIu64 " bytes", h->bitmap_directory_size);
@@ -64,7 +66,8 @@ static int parse_entry(struct io *io, const struct header *h, size_t index, cons
     if (type != TYPE_DIRTY_TRACKING)
         return REFUSE("has type %u, which is not known; 1 (dirty tracking) is", type);
     if (entry->granularity_bits < MIN_GRANULARITY_BITS || entry->granularity_bits > MAX_GRANULARITY_BITS)
-        return REFUSE("has a granularity of 2^%u bytes; 2^%d to 2^%d are possible", entry->granularity_bits, MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS);
+        return REFUSE("has a granularity of 2^%u bytes; 2^%d to 2^%d are possible", entry->granularity_bits, MIN_GRANULARITY_BITS,
+                      MAX_GRANULARITY_BITS);
     memcpy(entry->about.name, bytes + FIXED + extra, name);
     entry->about.granularity = UINT64_C(1) << entry->granularity_bits;
     entry->about.in_use = !!(entry->flags & BITMAP_IN_USE);
@@ -91,7 +94,8 @@ static int parse(struct io *io, const struct header *h, const unsigned char *byt
         directory->count = index + 1;
     }
     if (rc == 0 && at != h->bitmap_directory_size)
-        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: its directory of bitmaps has %" PRIu64 " bytes, and its %" PRIu32 " bitmaps take %" PRIu64,
+        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: its directory of bitmaps has %" PRIu64 " bytes, and "
+                  "its %" PRIu32 " bitmaps take %" PRIu64,
                   io->name, h->bitmap_directory_size, h->bitmap_count, at);
     return rc;
 }
@@ -104,7 +108,8 @@ int bitmaps_load(struct io *io, const struct header *h, struct bitmap_directory 
     if (h->bitmap_count == 0)
         goto out;
     if (!in_range(h->bitmap_directory_size, h->bitmap_directory_offset, io_length(io))) {
-        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: its directory of bitmaps, %" PRIu64 " bytes at %" PRIu64 ", is beyond the end of the file",
+        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: its directory of bitmaps, %" PRIu64 " bytes at %" PRIu64
+                  ", is beyond the end of the file",
                   io->name, h->bitmap_directory_size, h->bitmap_directory_offset);
         goto out;
     }

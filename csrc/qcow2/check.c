@@ -1,9 +1,9 @@
 /* check.c: is an image as it should be, and putting it right. See check.h.
  *
- * A check is one pass: count all references, compare them with the refcounts, look at the COPIED bits; it writes nothing. A repair is a pass,
- * then writes by what it found, then another pass, which says what is left. What is not repaired, since nobody can know what was meant: entries
- * that lead nowhere (not at a cluster's start, or beyond the end of the file). As long as there are any, nothing that looks leaked is freed: it
- * may be what they meant.
+ * A check is one pass: count all references, compare them with the refcounts, look at the COPIED bits; it writes nothing. A repair is a
+ * pass, then writes by what it found, then another pass, which says what is left. What is not repaired, since nobody can know what was
+ * meant: entries that lead nowhere (not at a cluster's start, or beyond the end of the file). As long as there are any, nothing that looks
+ * leaked is freed: it may be what they meant.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -26,14 +26,25 @@ static bool follows(uint64_t before, uint64_t length, uint64_t after)
     return before == NOWHERE ? after == NOWHERE : after == before + length;
 }
 
-/* A row of clusters of which the same is to be said is one finding. */
+static bool is_full(const fl_check *result)
+{
+    return result->finding_count == FL_CHECK_FINDINGS;
+}
+
+/* A row of clusters of which the same is to be said is one finding. What is not about the image itself is always kept. */
 static void keep(fl_check *result, const fl_finding *finding)
 {
+    if (is_full(result) && (finding->kind == FL_FOUND_ERROR || finding->kind == FL_FOUND_NOTE)) {
+        result->findings[FL_CHECK_FINDINGS - 1] = *finding;
+        result->findings_dropped++;
+        return;
+    }
     fl_finding *last = result->finding_count ? &result->findings[result->finding_count - 1] : NULL;
     if (last && last->kind == finding->kind && last->repaired == finding->repaired && last->host != NOWHERE &&
-        follows(last->host, last->length, finding->host) && follows(last->guest, last->length, finding->guest) && !strcmp(last->text, finding->text))
+        follows(last->host, last->length, finding->host) && follows(last->guest, last->length, finding->guest) &&
+        !strcmp(last->text, finding->text))
         last->length += finding->length;
-    else if (result->finding_count < FL_CHECK_FINDINGS)
+    else if (!is_full(result))
         result->findings[result->finding_count++] = *finding;
     else
         result->findings_dropped++;
@@ -44,11 +55,15 @@ void found(struct checker *c, int kind, uint64_t guest, uint64_t host, const cha
     fl_finding finding = { .kind = kind, .guest = guest, .host = host, .length = host == NOWHERE ? 0 : cluster_size(c) };
     uint64_t *counter = counter_of(c->result, kind);
     va_list args;
+    if (counter)
+        ++*counter;
+    if (is_full(c->result) && counter && kind != FL_FOUND_ERROR) {     /* there may be millions: no time is spent on them */
+        c->result->findings_dropped++;
+        return;
+    }
     va_start(args, format);
     vsnprintf(finding.text, sizeof finding.text, format, args);
     va_end(args);
-    if (counter)
-        ++*counter;
     keep(c->result, &finding);
 }
 
@@ -73,12 +88,13 @@ static int pass(struct checker *c)
     fl_check *result = c->result;
     refs_free(c);
     memset(result, 0, sizeof *result);
-    c->incomplete = c->rebuild = c->move_l1 = c->bitmaps_damaged = c->entries_damaged = false;
+    c->incomplete = c->rebuild = c->no_place = c->move_l1 = c->move_l2 = c->bitmaps_damaged = c->entries_damaged = false;
     c->length = io_length(c->io);
     c->clusters = div_up(c->length, cluster_size(c));
     c->memory_limit = CHECK_SLACK + io_allocated(c->io);
-    c->table_limit = 2 * CHECK_SLACK + 2 * io_allocated(c->io);
+    c->table_limit = CHECK_SLACK + 2 * io_allocated(c->io);
     c->table_bytes = 0;
+    c->extent.length = 0;
     c->dangling_first = NOWHERE;
     c->dangling_end = 0;
     result->total_clusters = div_up(c->header->size, cluster_size(c));
@@ -93,6 +109,8 @@ static int pass(struct checker *c)
 }
 
 /* ---- repairs ---- */
+
+#define MAX_ROUNDS 3
 
 /* Bitmaps that can't be trusted: whoever reads them must not, so the extension becomes void, for all of them. */
 static int give_up_bitmaps(struct checker *c)
@@ -109,12 +127,24 @@ static int give_up_bitmaps(struct checker *c)
     return rc;
 }
 
+/* Is something else in the clusters of an L2 table, and can it be moved, since all that lead to it can be written? */
+static bool crowded_l2(struct checker *c)
+{
+    bool crowded = false;
+    for (uint32_t i = 0; i < c->tables.count; i++)
+        crowded |= !l2_is_alone(c, i);
+    for (uint32_t i = 0; crowded && i < c->snapshot_count; i++)
+        crowded = c->snapshots[i].entries == 0 || l1_is_alone(c, c->snapshots[i].offset, c->snapshots[i].entries);
+    return crowded;
+}
+
 static int repair_all(struct checker *c)
 {
     int rc = c->bitmaps_damaged ? give_up_bitmaps(c) : 0;
     if (rc < 0 || c->result->check_errors)
         return rc;
-    rc = c->rebuild || c->move_l1 ? rebuild_refcounts(c) : repair_refcounts(c, false);
+    c->move_l2 = crowded_l2(c);
+    rc = c->rebuild || c->move_l1 || c->move_l2 ? rebuild_refcounts(c) : repair_refcounts(c, false);
     return rc == 0 ? repair_entries(c, false) : MIN(rc, 0);
 }
 
@@ -155,16 +185,27 @@ static void conclude(const fl_check *before, fl_check *after)
 static int repair_and_look_again(struct checker *c, int repair, fl_check *before)
 {
     *before = *c->result;
-    int rc = repair == FL_REPAIR_ALL ? repair_all(c) : repair_leaks(c);
+    bool no_place = false;
+    uint64_t faults = UINT64_MAX;
+    int rc = 0;
+    /* what is repaired may open the way to more: when no entry is left that can't be followed, leaks are freed */
+    for (int i = 0; i < MAX_ROUNDS && rc == 0 && !no_place && !c->result->check_errors; i++) {
+        uint64_t left = add_sat(c->result->corruptions, c->result->leaks);
+        if (left == 0 || left >= faults)
+            break;
+        faults = left;
+        rc = repair == FL_REPAIR_ALL ? repair_all(c) : repair_leaks(c);
+        no_place = c->no_place;
+        if (rc == 0)
+            rc = pass(c);
+    }
     if (rc == 0) {
-        bool no_place = c->no_place;
-        rc = pass(c);
         if (no_place)
             found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "not repaired: there is no space for new refcount structures");
         if (c->incomplete && c->result->leaks)
-            found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "leaks are not freed: there are entries that could not be followed, and this may be what they meant");
+            found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "leaks are not freed: some entries can't be followed, and may have meant them");
         else if (c->rebuild && repair == FL_REPAIR_LEAKS)
-            found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "leaks are not freed: the refcount structures are damaged, and must be repaired first");
+            found(c, FL_FOUND_NOTE, NOWHERE, NOWHERE, "leaks are not freed: the refcount structures are damaged; repair all");
     }
     if (rc == 0)
         conclude(before, c->result);
@@ -226,7 +267,8 @@ int fl_image_check(const char *path, const fl_image_options *options, int repair
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "check of an image: no path, no format, no room for the result, or no such repair");
     const char *name = strlen(path) > 200 ? path + strlen(path) - 200 : path;
     if (strcmp(options->format, "qcow2"))
-        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' can't be checked: %.60s images have no structure of their own", name, options->format);
+        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' can't be checked: %.60s images have no structure of their own",
+                    name, options->format);
     int rc = io_open(&io, path, name, repair != FL_REPAIR_NONE, false, options->share, error);
     if (rc < 0)
         return rc;

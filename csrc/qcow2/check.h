@@ -7,9 +7,9 @@
  *   check_rebuild.c  new refcount structures in new space
  *   check.c          the order of these, findings, the public call   <- start reading here
  *
- * Bounds, whatever the file claims to be. Holes are not read: tables cost what they occupy. Every L2 table is read once a pass, however many
- * L1 entries lead to it: it counts as often as they are. Counts are kept in pages of 64 clusters where at least one reference is. An honest
- * image, however sparse, has 8 bytes of L2 entry for each of its clusters, and a count takes 4.5; so memory may reach what the file
+ * Bounds, whatever the file claims to be. Holes are not read: tables cost what they occupy. Every L2 table is read once a pass, however
+ * many L1 entries lead to it: it counts as often as they are. Counts are kept in pages of 64 clusters where at least one reference
+ * is. An honest image, however sparse, has 8 bytes of L2 entry for each of its clusters, and a count takes 4.5; so memory may reach what the file
  * occupies, and SLACK; a file whose references are scattered so that this does not do can't be checked (check_errors).
  */
 #ifndef FL_QCOW2_CHECK_H
@@ -17,7 +17,7 @@
 
 #include "qcow2.h"
 
-#define CHECK_SLACK (UINT64_C(256) << 20)
+#define CHECK_SLACK (UINT64_C(256) << 20)           /* bytes */
 #define PAGE_CLUSTERS 64u
 
 /* 64 clusters in a row. Masks: bit i is cluster i of them. */
@@ -30,6 +30,7 @@ struct page {
 struct table {
     uint32_t total, active;                         /* L1 entries that lead to it: all, those of the active table */
     uint32_t l1_index;                              /* of the first of them */
+    uint64_t moved;                                 /* where a repair put it; 0: it is where it was */
 };
 
 /* From a number to a value of fixed size; values are numbered in the order in which they came, and move when one is added. */
@@ -53,9 +54,10 @@ struct checker {
     uint64_t length;                                /* of the file, when the pass began */
     uint64_t clusters;                              /* of the file; a last one that is cut short counts */
     uint64_t highest;                               /* the last cluster that is referenced or has a refcount, and 1; 0: none */
-    uint64_t dangling_first, dangling_end;          /* offsets between which entries lead beyond the end of the file; first == NOWHERE: none do */
+    uint64_t dangling_first, dangling_end;          /* where entries beyond the end of the file lead; first == NOWHERE: there are none */
     uint64_t memory, memory_limit;
     uint64_t table_bytes, table_limit;              /* read of L1 tables and tables of bitmaps: see spend() */
+    fl_extent extent;                               /* of the file, where it was looked at last */
     uint64_t asked_ns;                              /* when it was last asked whether to go on */
     unsigned char *buffer;                          /* BUFFER_SIZE */
     struct map pages, tables;
@@ -70,8 +72,9 @@ struct checker {
     bool rebuild;                                   /* the refcount structures can't be put right in place */
     bool no_place;                                  /* there was no space for new ones */
     bool move_l1;                                   /* something else refers to the active L1 table's clusters */
+    bool move_l2;                                   /* and those of L2 tables */
     bool bitmaps_damaged;
-    bool entries_damaged;                           /* something in L1 or L2 tables can be put right: COPIED and reserved bits, offsets of zero clusters */
+    bool entries_damaged;                           /* an entry of an L1 or L2 table can be put right */
 };
 
 /* ---- check_refs.c ---- */
@@ -105,7 +108,7 @@ void compressed_range(const struct header *h, uint64_t entry, uint64_t *offset, 
 /* Does a range end within the file, or less than a cluster behind its end? */
 bool within_file(const struct checker *c, uint64_t offset, uint64_t length);
 
-/* A piece of a table, `at` bytes from its beginning; `length` is a multiple of 512. Returns -code, 0, or 1: it was changed, write it back. */
+/* A piece of a table, `at` bytes from its beginning; `length` is a multiple of 512. Returns -code, 0, or 1: write it back. */
 typedef int visit_fn(struct checker *c, void *context, unsigned char *bytes, size_t length, uint64_t at);
 /* The pieces of [offset, offset + length) that are not holes. */
 int visit_table(struct checker *c, uint64_t offset, uint64_t length, visit_fn *visit, void *context);
@@ -113,21 +116,18 @@ int count_all(struct checker *c);
 
 /* ---- check_compare.c ---- */
 
-static inline unsigned block_bits(const struct header *h) { return h->cluster_bits + 3 - h->refcount_order; }   /* log2 of the refcounts of a block */
-static inline size_t group_bytes(const struct header *h) { return (size_t)8 << h->refcount_order; }             /* of the refcounts of a page */
-static inline uint64_t refcount_max(const struct header *h) { return h->refcount_order == 6 ? UINT64_MAX : (UINT64_C(1) << (1u << h->refcount_order)) - 1; }
+/* log2 of the refcounts of a block */
+static inline unsigned block_bits(const struct header *h) { return h->cluster_bits + 3 - h->refcount_order; }
+/* What the refcounts of a page take. */
+static inline size_t group_bytes(const struct header *h) { return (size_t)8 << h->refcount_order; }
+static inline uint64_t refcount_max(const struct header *h)
+{
+    return h->refcount_order == 6 ? UINT64_MAX : (UINT64_C(1) << (1u << h->refcount_order)) - 1;
+}
 void refcounts_load(const struct header *h, const unsigned char *bytes, uint64_t counts[PAGE_CLUSTERS]);
 void refcount_store(const struct header *h, unsigned char *bytes, unsigned index, uint64_t count);
 int compare_refcounts(struct checker *c);
 int check_copied(struct checker *c);
-
-/* ---- check_repair.c, check_rebuild.c ---- */
-
-/* After a pass. All writes are durable when they return. */
-int repair_refcounts(struct checker *c, bool leaks_only);
-int repair_entries(struct checker *c, bool leaks_only);
-/* 1: no space. */
-int rebuild_refcounts(struct checker *c);
 
 /* ---- check.c ---- */
 
@@ -139,12 +139,19 @@ int check_interrupted(struct checker *c);           /* 0 or -FL_EINTERRUPTED */
 int no_memory(struct checker *c);
 
 static inline uint64_t cluster_size(const struct checker *c) { return UINT64_C(1) << c->header->cluster_bits; }
+static inline uint64_t reftable_bytes(const struct checker *c)
+{
+    return (uint64_t)c->header->reftable_clusters << c->header->cluster_bits;
+}
 /* Of a refcount block that can be used; 0: there is none. */
 static inline uint64_t block_at(const struct checker *c, uint64_t index)
 {
     return index < c->block_count && !(c->blocks[index] & BLOCK_UNKNOWN) ? c->blocks[index] : 0;
 }
-static inline bool block_unknown(const struct checker *c, uint64_t index) { return index < c->block_count && (c->blocks[index] & BLOCK_UNKNOWN); }
+static inline bool block_unknown(const struct checker *c, uint64_t index)
+{
+    return index < c->block_count && (c->blocks[index] & BLOCK_UNKNOWN);
+}
 static inline uint64_t cluster_of(const struct checker *c, uint64_t offset) { return offset >> c->header->cluster_bits; }
 static inline uint64_t load64(const unsigned char *bytes)
 {
@@ -162,6 +169,20 @@ static inline uint32_t load32(const unsigned char *bytes)
     uint32_t value;
     memcpy(&value, bytes, sizeof value);
     return __builtin_bswap32(value);
+}
+
+/* ---- check_repair.c, check_rebuild.c ---- */
+
+/* After a pass. All writes are durable when they return. */
+int repair_refcounts(struct checker *c, bool leaks_only);
+int repair_entries(struct checker *c, bool leaks_only);
+/* 1: no space. */
+int rebuild_refcounts(struct checker *c);
+/* Is an L1 table where it may be written? */
+bool l1_is_alone(struct checker *c, uint64_t offset, uint32_t entries);
+static inline bool l2_is_alone(struct checker *c, uint32_t number)
+{
+    return references(c, cluster_of(c, c->tables.keys[number])) == table_at(c, number)->total;
 }
 
 #endif

@@ -1,5 +1,5 @@
-/* check_compare.c: the refcounts that the file has against the references that were counted; then, whether COPIED says what the refcounts say.
- * See check.h.
+/* check_compare.c: the refcounts that the file has against the references that were counted; then, whether COPIED says what the refcounts
+ * say. See check.h.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -81,18 +81,18 @@ static void compare_missing(struct checker *c, struct page *page, uint64_t first
 {
     const uint64_t block = first >> block_bits(c->header);
     for (unsigned i = 0; i < PAGE_CLUSTERS; i++) {
-        uint64_t bit = UINT64_C(1) << i;
+        uint64_t bit = UINT64_C(1) << i, host = (first + i) << c->header->cluster_bits;
         if (page->count[i] == 0)
             continue;
         c->highest = MAX(c->highest, first + i + 1);
         if (page->count[i] > refcount_max(c->header))
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, (first + i) << c->header->cluster_bits, "%" PRIu32 " references are more than a refcount of %u bits holds",
-                  page->count[i], 1u << c->header->refcount_order);
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, host, "%" PRIu32 " references are more than a refcount of %u bits holds", page->count[i],
+                  1u << c->header->refcount_order);
         if ((page->stored & bit) || block_unknown(c, block))
             continue;
         page->under |= bit;
         c->rebuild |= !block_at(c, block);
-        found(c, FL_FOUND_CORRUPTION, NOWHERE, (first + i) << c->header->cluster_bits, "its refcount is 0, with %" PRIu32 " references%s", page->count[i],
+        found(c, FL_FOUND_CORRUPTION, NOWHERE, host, "its refcount is 0, with %" PRIu32 " references%s", page->count[i],
               !block_at(c, block) ? "; it has no refcount block" : "");
     }
 }
@@ -153,7 +153,8 @@ static void compare_copied(struct checker *c, uint64_t entry, uint64_t guest, co
     int one = refcount_is_one(c, cluster_of(c, offset));
     if (one < 0 || (uint64_t)one == entry >> 63)
         return;
-    found(c, FL_FOUND_CORRUPTION, guest, offset, "%s: its COPIED bit is %s, and its refcount is %s1", what, one ? "clear" : "set", one ? "" : "not ");
+    found(c, FL_FOUND_CORRUPTION, guest, offset, "%s: its COPIED bit is %s, and its refcount is %s1", what, one ? "clear" : "set",
+          one ? "" : "not ");
     c->entries_damaged = true;
 }
 

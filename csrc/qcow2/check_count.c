@@ -1,7 +1,7 @@
 /* check_count.c: visit every table of the file once, and count every reference to its clusters. See check.h.
  *
- * The order: header; active L1 table; those of the snapshots; all L2 tables; snapshot table; refcount table; bitmaps; refcount blocks, which
- * must then have one reference each.
+ * The order: header; active L1 table; those of the snapshots; all L2 tables; snapshot table; refcount table; bitmaps; refcount blocks,
+ * which must then have one reference each.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -38,25 +38,36 @@ bool within_file(const struct checker *c, uint64_t offset, uint64_t length)
 
 /* ---- reading tables ---- */
 
-/* The next stretch of [at, end) that is not a hole; it begins and ends at multiples of 512. *start == end: none. */
+/* Where `at` is: in data, or in a hole; both are long, or there are few of them, so the last answer often does. */
+static int look_up_extent(struct checker *c, uint64_t at)
+{
+    size_t n;
+    if (at >= c->extent.offset && at - c->extent.offset < c->extent.length)
+        return 0;
+    return io_extents(c->io, at, c->length - at, &c->extent, 1, &n, c->error);
+}
+
+/* The next stretch of [at, end) that is not a hole, beginning at a multiple of 512 if `at` does. *start == end: none. */
 static int next_data(struct checker *c, uint64_t at, uint64_t end, uint64_t *start, uint64_t *stop)
 {
-    fl_extent extent = { at, end - at, FL_DATA };
-    size_t n = 1;
-    int rc = 0;
-    if (end - at > 4096)                        /* reading it is as fast as asking */
-        rc = io_extents(c->io, at, end - at, &extent, 1, &n, c->error);
-    if (rc == 0 && extent.kind == FL_ZERO && extent.offset + extent.length < end) {
-        at = MAX(at, align_down(extent.offset + extent.length, 512));
-        rc = io_extents(c->io, at, end - at, &extent, 1, &n, c->error);
-        if (rc == 0 && extent.kind == FL_ZERO)  /* that bit before the data */
-            extent = (fl_extent){ at, end - at, FL_DATA };
+    int rc = look_up_extent(c, at);
+    while (rc == 0 && c->extent.kind == FL_ZERO) {
+        uint64_t hole_end = c->extent.offset + c->extent.length, next = MAX(at, align_down(hole_end, 512));
+        if (hole_end >= end)
+            next = end;
+        if (next == at) {                       /* the rest of a sector that begins in a hole */
+            *start = at;
+            *stop = MIN(end, at + 512);
+            return 0;
+        }
+        at = next;
+        if (at == end)
+            break;
+        rc = look_up_extent(c, at);
     }
-    if (rc < 0)
-        return rc;
-    *start = extent.kind == FL_ZERO ? end : at;
-    *stop = MIN(end, align_up(extent.offset + extent.length, 512));
-    return 0;
+    *start = at;
+    *stop = MIN(end, align_up(c->extent.offset + c->extent.length, 512));
+    return rc;
 }
 
 int visit_table(struct checker *c, uint64_t offset, uint64_t length, visit_fn *visit, void *context)
@@ -65,7 +76,7 @@ int visit_table(struct checker *c, uint64_t offset, uint64_t length, visit_fn *v
     int rc = check_interrupted(c);
     while (rc == 0 && at < end) {
         rc = next_data(c, at, end, &start, &stop);
-        for (at = start; rc == 0 && at < MIN(stop, end);) {
+        for (at = start; rc == 0 && at < stop && at < end;) {
             size_t n = (size_t)MIN(stop - at, (uint64_t)BUFFER_SIZE), padded = (size_t)align_up(n, 512);
             rc = io_read_metadata(c->io, c->buffer, padded, at, c->error);
             if (rc == 0)
@@ -93,13 +104,20 @@ static int count(struct checker *c, const char *what, uint64_t offset, uint64_t 
     return refs_add(c, offset, length, n);
 }
 
-/* L1 tables and tables of bitmaps are read as often as they are named: together not much more than the file occupies, or they overlap. */
+/* The same for a table. What of it is inside of the file is in use even when its end is not. */
+static int count_table(struct checker *c, const char *what, uint64_t offset, uint64_t length)
+{
+    int rc = count(c, what, offset, length, 1, NOWHERE);
+    return rc == 1 && offset < c->length ? refs_add(c, offset, c->length - offset, 1) : MIN(rc, 0);
+}
+
+/* L1 tables and tables of bitmaps are read as often as they are named. Together they have what the file occupies, unless they overlap. */
 static int spend(struct checker *c, size_t bytes)
 {
     c->table_bytes += bytes;
     if (c->table_bytes <= c->table_limit)
         return 0;
-    found(c, FL_FOUND_ERROR, NOWHERE, NOWHERE, "the tables of snapshots and bitmaps overlap each other so much that counting would not end");
+    found(c, FL_FOUND_ERROR, NOWHERE, NOWHERE, "the tables of snapshots and bitmaps overlap so much that counting would not end");
     return -ELOOP;
 }
 
@@ -114,7 +132,7 @@ struct l2_visit {
     struct table table;
     uint64_t guest;                             /* of its first entry */
     const char *where;                          /* " of a snapshot", or "" */
-    uint64_t expected;                          /* where the next cluster would be if the active disk lay in the file as it reads; 0: not known */
+    uint64_t expected;                          /* where the next cluster is if the disk lies in the file as it reads; 0: not known */
 };
 
 static int count_compressed(struct checker *c, struct l2_visit *v, uint64_t entry, uint64_t guest)
@@ -163,7 +181,8 @@ static int count_l2(struct checker *c, void *context, unsigned char *bytes, size
             c->entries_damaged = true;
         }
         if (type != ENTRY_IS_COMPRESSED && (entry & ENTRY_ZERO) && c->header->version < 3) {
-            found(c, FL_FOUND_CORRUPTION, guest, entry & OFFSET_MASK, "L2 entry%s: a cluster of zeros, which version 2 does not have", v->where);
+            found(c, FL_FOUND_CORRUPTION, guest, entry & OFFSET_MASK, "L2 entry%s: a cluster of zeros, which version 2 does not have",
+                  v->where);
             c->incomplete = true;
         }
         if (type == ENTRY_IS_COMPRESSED)
@@ -179,7 +198,7 @@ static int count_l2(struct checker *c, void *context, unsigned char *bytes, size
 static int count_l2_tables(struct checker *c)
 {
     int rc = 0;
-    for (uint32_t i = 0; rc >= 0 && i < c->tables.count; i++) {
+    for (uint32_t i = 0; rc == 0 && i < c->tables.count; i++) {
         struct l2_visit v = { .table = *table_at(c, i) };
         v.guest = (uint64_t)v.table.l1_index << (l2_bits(c->header) + c->header->cluster_bits);
         v.where = v.table.active ? "" : " of a snapshot";
@@ -246,10 +265,9 @@ static int count_l1_table(struct checker *c, uint64_t offset, uint32_t entries, 
     struct l1_visit v = { active };
     uint64_t bytes = entries * UINT64_C(8), whole = align_down(bytes, 512);
     unsigned char tail[512] = { 0 };
-    int rc = count(c, active ? "L1 table" : "L1 table of a snapshot", offset, bytes, 1, NOWHERE);
-    if (rc)
-        return MIN(rc, 0);
-    rc = visit_table(c, offset, whole, count_l1, &v);
+    int rc = count_table(c, active ? "L1 table" : "L1 table of a snapshot", offset, bytes);
+    if (rc == 0)
+        rc = visit_table(c, offset, whole, count_l1, &v);
     if (rc == 0 && bytes > whole) {
         rc = io_read_metadata(c->io, tail, (size_t)(bytes - whole), offset + whole, c->error);
         if (rc == 0)
@@ -260,7 +278,7 @@ static int count_l1_table(struct checker *c, uint64_t offset, uint32_t entries, 
 
 /* ---- snapshots ---- */
 
-/* The snapshot table: entries of 40 bytes and what they say. A table that can't be parsed ends the search: 1. */
+/* The snapshot table: entries of 40 bytes and what they say. One that makes no sense ends the search. */
 static int read_snapshots(struct checker *c)
 {
     const struct header *h = c->header;
@@ -278,18 +296,18 @@ static int read_snapshots(struct checker *c)
         uint32_t extra = load32(entry + 36);
         at = align_up(at, 8) + sizeof entry + extra + (load32(entry + 12) >> 16) + (load32(entry + 12) & 0xffff);
         if (at - h->snapshots_offset > MAX_SNAPSHOT_TABLE_BYTES || at > c->length) {
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " of %" PRIu32 " ends beyond the %s", i, h->snapshot_count,
-                  at > c->length ? "end of the file" : "64 MiB that a snapshot table may have");
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " of %" PRIu32 " ends beyond the %s", i,
+                  h->snapshot_count, at > c->length ? "end of the file" : "64 MiB that a snapshot table may have");
             c->incomplete = true;
             break;
         }
         if (h->version >= 3 && extra < 16)
-            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data; version 3 has at least 16",
-                  i, extra);
+            found(c, FL_FOUND_CORRUPTION, NOWHERE, at, "snapshot table: entry %" PRIu32 " has %" PRIu32 " bytes of extra data, not 16 or more", i,
+                  extra);
         c->snapshots[c->snapshot_count++] = (struct snapshot_l1){ load64(entry), load32(entry + 8) };
         at = align_up(at, 8);
     }
-    c->snapshots_length = MIN(at - h->snapshots_offset, MAX_SNAPSHOT_TABLE_BYTES);
+    c->snapshots_length = MIN(MAX(at - h->snapshots_offset, h->snapshot_count * UINT64_C(40)), MAX_SNAPSHOT_TABLE_BYTES);
     return 0;
 }
 
@@ -339,6 +357,12 @@ static int count_bitmap_table(struct checker *c, void *context, unsigned char *b
     return spend(c, length);
 }
 
+/* Of the clusters of a bitmap of the whole disk. */
+static uint64_t bitmap_bytes(const struct header *h, unsigned granularity_bits)
+{
+    return align_up(div_up(div_up(h->size, UINT64_C(1) << granularity_bits), 8), header_cluster_size(h));
+}
+
 /* One entry of the directory, of which `left` bytes remain; *used is its length. */
 static int count_bitmap(struct checker *c, const unsigned char *entry, uint64_t left, uint64_t host, uint64_t *used)
 {
@@ -353,7 +377,7 @@ static int count_bitmap(struct checker *c, const unsigned char *entry, uint64_t 
         return damaged_bitmaps(c, host, "directory of bitmaps: an entry is longer than what is left");
     *used = length;
     if (offset == 0 || unaligned(c, offset) || size == 0 || bytes > MAX_BITMAP_BYTES || name == 0 || name > 1023 || entry[16] != 1 ||
-        entry[17] < 9 || entry[17] > 31 || (flags & ~7u) || (!(flags & BITMAP_IN_USE) && bytes * 8 << entry[17] < h->size))
+        entry[17] < 9 || entry[17] > 31 || (flags & ~7u) || (!(flags & BITMAP_IN_USE) && bytes != bitmap_bytes(h, entry[17])))
         return damaged_bitmaps(c, host, "directory of bitmaps: an entry makes no sense");
     int rc = count(c, "table of a bitmap", offset, size, 1, NOWHERE);
     if (rc == 0)
@@ -422,7 +446,7 @@ static int count_block(struct checker *c, void *context, unsigned char *bytes, s
 static int count_refcount_blocks(struct checker *c)
 {
     const struct header *h = c->header;
-    uint64_t length = (uint64_t)h->reftable_clusters << h->cluster_bits;
+    const uint64_t length = reftable_bytes(c);
     c->block_count = length / 8;
     free(c->blocks);
     c->blocks = calloc(c->block_count, sizeof *c->blocks);
@@ -443,13 +467,12 @@ int count_all(struct checker *c)
         rc = count_snapshots(c);
     if (rc == 0)
         rc = count_l2_tables(c);
-    if (rc >= 0 && h->snapshot_count)
-        rc = count(c, "snapshot table", h->snapshots_offset, c->snapshots_length, 1, NOWHERE);
-    if (rc >= 0)
-        rc = count(c, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << h->cluster_bits, 1, NOWHERE);
-    if (rc == 1)
-        c->rebuild = true;
-    if (rc >= 0)
+    if (rc == 0 && h->snapshot_count)
+        rc = count_table(c, "snapshot table", h->snapshots_offset, c->snapshots_length);
+    if (rc == 0)
+        rc = count_table(c, "refcount table", h->reftable_offset, reftable_bytes(c));
+    c->rebuild |= !within_file(c, h->reftable_offset, reftable_bytes(c));
+    if (rc == 0)
         rc = count_bitmaps(c);
     return rc == 0 ? count_refcount_blocks(c) : rc;
 }

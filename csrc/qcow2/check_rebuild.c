@@ -1,7 +1,8 @@
-/* check_rebuild.c: new refcount structures in new space, and, where something else is in its clusters, a new L1 table. See check.h.
+/* check_rebuild.c: new refcount structures in new space, and new L1 and L2 tables where something else is in their clusters. See check.h.
  *
- * Nothing that the image refers to is changed until all that is new is durable; then one write of the header's fixed fields turns to it, and
- * the old structures are free space. A crash before that leaves the image as it was, and some clusters behind its end.
+ * Nothing that the image refers to is changed until all that is new is durable; then one write of the header's fixed fields turns to it,
+ * and the old structures are free space. A crash before that leaves the image as it was, and some clusters behind its end. L1 entries turn
+ * to L2 tables that were moved after that, in repair_entries.
  */
 #define _GNU_SOURCE
 #include "check.h"
@@ -12,23 +13,46 @@
 struct plan {
     uint64_t *needed;                           /* indices of blocks that must be, by the references that there are; in order */
     size_t needed_count;
-    uint64_t start, clusters;                   /* the new area: first the table, then the blocks, then the L1 table */
-    uint64_t table_clusters, blocks, l1_clusters;
+    uint64_t start, clusters;                   /* the new area: first the table, then the blocks, then the L1 table, then L2 tables */
+    uint64_t table_clusters, blocks, l1_clusters, l2_clusters;
 };
 
 /* ---- what is there, without what is to be replaced ---- */
 
+/* As it was counted: what is inside of the file. */
+static void forget_table(struct checker *c, uint64_t offset, uint64_t length)
+{
+    if (within_file(c, offset, length))
+        refs_remove(c, offset, length);
+    else if (offset < c->length)
+        refs_remove(c, offset, c->length - offset);
+}
+
 static void forget_old(struct checker *c)
 {
     const struct header *h = c->header;
-    const uint64_t table = (uint64_t)h->reftable_clusters << h->cluster_bits, l1 = h->l1_size * UINT64_C(8);
-    if (within_file(c, h->reftable_offset, table))
-        refs_remove(c, h->reftable_offset, table);
+    forget_table(c, h->reftable_offset, reftable_bytes(c));
     for (uint64_t i = 0; i < c->block_count; i++)
         if (c->blocks[i] & ~BLOCK_UNKNOWN)
             refs_remove(c, c->blocks[i] & ~BLOCK_UNKNOWN, cluster_size(c));
-    if (c->move_l1 && within_file(c, h->l1_offset, l1))
-        refs_remove(c, h->l1_offset, l1);
+    if (c->move_l1)
+        forget_table(c, h->l1_offset, h->l1_size * UINT64_C(8));
+}
+
+/* Which L2 tables are to be moved, and how many. */
+static uint64_t choose_l2_tables(struct checker *c)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; c->move_l2 && i < c->tables.count; i++) {
+        if (l2_is_alone(c, i))
+            continue;
+        table_at(c, i)->moved = 1;              /* where to: later */
+        n++;
+    }
+    for (uint32_t i = 0; n > 0 && i < c->tables.count; i++)
+        for (uint32_t j = table_at(c, i)->moved ? table_at(c, i)->total : 0; j > 0; j--)
+            refs_remove(c, c->tables.keys[i], cluster_size(c));
+    return n;
 }
 
 /* The blocks for all clusters that have references. */
@@ -61,10 +85,16 @@ static uint64_t largest_offset(const struct checker *c)
     return c->io->device ? c->io->size : OFFSET_MASK;
 }
 
+static uint64_t area(const struct plan *p)
+{
+    return p->table_clusters + p->blocks + p->l1_clusters + p->l2_clusters;
+}
+
 /* Entries that lead beyond the end of the file must not lead into what is put there. */
 static bool meets_dangling(const struct checker *c, uint64_t start, uint64_t clusters)
 {
-    return c->dangling_first != NOWHERE && start <= cluster_of(c, c->dangling_end - 1) && start + clusters > cluster_of(c, c->dangling_first);
+    return c->dangling_first != NOWHERE && start <= cluster_of(c, c->dangling_end - 1) &&
+           start + clusters > cluster_of(c, c->dangling_first);
 }
 
 /* Can it begin at this cluster? The area holds blocks for itself too, so it grows until it fits. */
@@ -82,16 +112,17 @@ static bool fits(const struct checker *c, struct plan *p, uint64_t start)
             last = MAX(last, p->needed[p->needed_count - 1]);
         p->blocks = wanted;
         p->table_clusters = div_up((last + 1) * 8, cluster_size(c));
-        if (last >= MAX_REFTABLE_BYTES / 8 || start >= limit || p->table_clusters + p->blocks + p->l1_clusters > limit - start ||
+        if (last >= MAX_REFTABLE_BYTES / 8 || start >= limit || area(p) > limit - start ||
             p->table_clusters << h->cluster_bits > MAX_REFTABLE_BYTES)
             return false;
-        if (p->table_clusters + p->blocks + p->l1_clusters == p->clusters)
+        if (area(p) == p->clusters)
             return !meets_dangling(c, start, p->clusters);
-        p->clusters = p->table_clusters + p->blocks + p->l1_clusters;
+        p->clusters = area(p);
     }
 }
 
-/* Behind the end of the file, where nothing is; else (a device, or a file so long that the table would not reach) behind the last cluster in use. */
+/* Behind the end of the file, where nothing is; else (a device, or a file so long that the table would not reach) behind the last cluster
+   in use; else behind where entries lead that should not. */
 static int choose_place(struct checker *c, struct plan *p)
 {
     uint64_t end = div_up(c->length, cluster_size(c));
@@ -156,14 +187,33 @@ static int copy_table(struct checker *c, uint64_t from, uint64_t to, uint64_t le
     return rc;
 }
 
+/* The whole new area is counted once already. */
+static int move_l2_tables(struct checker *c, uint64_t to)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < c->tables.count; i++) {
+        if (!table_at(c, i)->moved)
+            continue;
+        table_at(c, i)->moved = to;
+        if (table_at(c, i)->total > 1)
+            rc = refs_add(c, to, cluster_size(c), table_at(c, i)->total - 1);
+        if (rc == 0)
+            rc = copy_table(c, c->tables.keys[i], to, cluster_size(c));
+        to += cluster_size(c);
+    }
+    return rc;
+}
+
 /* Everything but the header; durable. */
 static int write_all(struct checker *c, const struct plan *p)
 {
     const struct header *h = c->header;
-    const uint64_t area = p->start << h->cluster_bits, l1 = (p->start + p->table_clusters + p->blocks) << h->cluster_bits;
-    int rc = refs_add(c, area, p->clusters << h->cluster_bits, 1);
+    const uint64_t start = p->start << h->cluster_bits, l1 = (p->start + p->table_clusters + p->blocks) << h->cluster_bits;
+    int rc = refs_add(c, start, p->clusters << h->cluster_bits, 1);
     if (rc == 0)
         rc = prepare_space(c, p);
+    if (rc == 0)
+        rc = move_l2_tables(c, l1 + (p->l1_clusters << h->cluster_bits));
     if (rc == 0)
         rc = write_refcounts(c, p);
     if (rc == 0 && p->l1_clusters)
@@ -186,6 +236,7 @@ static int turn_to(struct checker *c, const struct plan *p)
     *c->header = after;
     /* what the counts say is now what the file says */
     c->length = io_length(c->io);
+    c->extent.length = 0;
     for (uint32_t i = 0; i < c->pages.count; i++)
         page_at(c, i)->over = page_at(c, i)->under = 0;
     return io_flush(c->io, c->error);
@@ -195,6 +246,7 @@ int rebuild_refcounts(struct checker *c)
 {
     struct plan p = { .l1_clusters = c->move_l1 ? div_up(c->header->l1_size * UINT64_C(8), cluster_size(c)) : 0 };
     int rc;
+    p.l2_clusters = choose_l2_tables(c);
     forget_old(c);
     rc = list_needed(c, &p.needed, &p.needed_count);
     if (rc == 0)

@@ -136,6 +136,13 @@ static int repair_l2(struct checker *c, void *context, unsigned char *bytes, siz
     return changed;
 }
 
+static uint64_t with_new_place(struct checker *c, uint64_t entry)
+{
+    uint32_t number = map_find(&c->tables, entry & OFFSET_MASK);
+    uint64_t moved = number == NOT_THERE ? 0 : table_at(c, number)->moved;
+    return moved ? (entry & ~OFFSET_MASK) | moved : entry;
+}
+
 struct l1_repair { struct repair how; uint32_t entries; };
 
 static int repair_l1(struct checker *c, void *context, unsigned char *bytes, size_t length, uint64_t at)
@@ -146,6 +153,8 @@ static int repair_l1(struct checker *c, void *context, unsigned char *bytes, siz
         uint64_t entry = load64(bytes + i), repaired = entry;
         if (!r->how.leaks_only)
             repaired = entry & OFFSET_MASK ? entry & ~L1_RESERVED : 0;
+        if (!r->how.leaks_only)
+            repaired = with_new_place(c, repaired);
         if ((repaired & OFFSET_MASK) && r->how.active)
             repaired = with_copied(c, repaired, r->how.leaks_only);
         if (repaired != entry) {
@@ -156,15 +165,22 @@ static int repair_l1(struct checker *c, void *context, unsigned char *bytes, siz
     return changed;
 }
 
-/* A table is written only where nothing else is there, or only other references to the same table. */
+bool l1_is_alone(struct checker *c, uint64_t offset, uint32_t entries)
+{
+    if ((offset & (cluster_size(c) - 1)) || !within_file(c, offset, entries * UINT64_C(8)))
+        return false;
+    for (uint64_t i = 0; i < div_up(entries * UINT64_C(8), cluster_size(c)); i++)
+        if (references(c, cluster_of(c, offset) + i) != 1)
+            return false;
+    return true;
+}
+
+/* A table is written only where nothing else is: what else is there may be somebody's data. */
 static int repair_l1_table(struct checker *c, uint64_t offset, uint32_t entries, struct repair how)
 {
     struct l1_repair r = { how, entries };
-    if (entries == 0 || (offset & (cluster_size(c) - 1)) || !within_file(c, offset, entries * UINT64_C(8)))
+    if (entries == 0 || !l1_is_alone(c, offset, entries))
         return 0;
-    for (uint64_t i = 0; i < div_up(entries * UINT64_C(8), cluster_size(c)); i++)
-        if (references(c, cluster_of(c, offset) + i) != 1)
-            return 0;
     return visit_table(c, offset, align_up(entries * UINT64_C(8), 512), repair_l1, &r);
 }
 
@@ -177,8 +193,8 @@ int repair_entries(struct checker *c, bool leaks_only)
     for (uint32_t i = 0; rc >= 0 && i < c->tables.count; i++) {
         const struct table *table = table_at(c, i);
         struct repair how = { leaks_only, table->active > 0 };
-        if (references(c, cluster_of(c, c->tables.keys[i])) == table->total)
-            rc = visit_table(c, c->tables.keys[i], cluster_size(c), repair_l2, &how);
+        if (table->moved || l2_is_alone(c, i))
+            rc = visit_table(c, table->moved ? table->moved : c->tables.keys[i], cluster_size(c), repair_l2, &how);
     }
     return rc < 0 ? rc : io_flush(c->io, c->error);
 }

@@ -1,5 +1,5 @@
-/* codec.c: compressed clusters to bytes and back. zlib and zstd are the system's; a build without one of them (FL_HAVE_ZLIB, FL_HAVE_ZSTD: see
- * build_ffi.py) works for all images but those that need it.
+/* codec.c: compressed clusters to bytes and back. zlib and zstd are the system's; a build without one of them (FL_HAVE_ZLIB, FL_HAVE_ZSTD:
+ * see build_ffi.py) works for all images but those that need it.
  */
 #define _GNU_SOURCE
 #include "qcow2.h"
@@ -37,8 +37,9 @@ int codec_require(enum compression compression, const char *name, fl_error *erro
 {
     if (codec_present(compression))
         return 0;
-    return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' has clusters compressed with %s, which this build of the library does not have: "
-                "install %s and build it anew", name, codec_name(compression), compression == COMPRESSION_ZSTD ? "libzstd-dev" : "zlib1g-dev");
+    return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' has clusters compressed with %s, which this build of the library does "
+                "not have: install %s and build it anew", name, codec_name(compression),
+                compression == COMPRESSION_ZSTD ? "libzstd-dev" : "zlib1g-dev");
 }
 
 /* ---- zlib: raw deflate streams; they are written with a window of 4 KiB, since that is what readers must have at least ---- */

@@ -321,11 +321,37 @@ static int commit_shared(struct qcow2 *q, bool all, fl_error *error)
 
 int commit(struct qcow2 *q, fl_error *error) { return commit_shared(q, false, error); }
 
+static void *background(void *argument)
+{
+    struct qcow2 *q = argument;
+    commit_shared(q, true, NULL);       /* what fails is dirty as before, and the next flush tells */
+    pthread_mutex_lock(&q->committing);
+    q->background = false;
+    pthread_cond_broadcast(&q->committed);
+    pthread_mutex_unlock(&q->committing);
+    return NULL;
+}
+
+/* Begin a commit that nobody waits for, if none was begun so. */
+static bool begin_in_background(struct qcow2 *q)
+{
+    pthread_mutex_lock(&q->committing);
+    bool begun = q->background;
+    if (!begun)
+        begun = q->background = thread_start(background, q, "fl-qcow2") == 0;
+    pthread_mutex_unlock(&q->committing);
+    return begun;
+}
+
+/* A guest's write waits for a sync only when the one in the background can't keep up. */
 int commit_if_due(struct qcow2 *q, fl_error *error)
 {
     uint64_t tail = atomic_load_explicit(&q->tail, memory_order_relaxed) << q->cluster_bits;
-    if (LIKELY(atomic_load_explicit(&q->dirty_count, memory_order_relaxed) <= q->cache.limit / 2 &&
-               atomic_load_explicit(&q->freed_bytes, memory_order_relaxed) <= MAX(FREED_BYTES, tail / FREED_SHARE)))
+    uint64_t freed = atomic_load_explicit(&q->freed_bytes, memory_order_relaxed), may_wait = MAX(FREED_BYTES, tail / FREED_SHARE);
+    unsigned dirty = atomic_load_explicit(&q->dirty_count, memory_order_relaxed);
+    if (LIKELY(dirty <= q->cache.limit / 4 && freed <= may_wait))
+        return 0;
+    if (dirty <= q->cache.limit / 2 && freed <= 4 * may_wait && begin_in_background(q))
         return 0;
     return commit_shared(q, true, error);
 }
@@ -333,9 +359,11 @@ int commit_if_due(struct qcow2 *q, fl_error *error)
 int commit_all(struct qcow2 *q, fl_error *error)
 {
     int rc = 0;
-    pthread_mutex_lock(&q->alloc);
+    pthread_mutex_lock(&q->committing);
+    while (q->background)
+        pthread_cond_wait(&q->committed, &q->committing);
+    pthread_mutex_unlock(&q->committing);
     alloc_close_area(q);
-    pthread_mutex_unlock(&q->alloc);
     for (int i = 0; i < 4 && rc == 0; i++) {
         pthread_mutex_lock(&q->lock);
         bool done = !q->must_commit && !atomic_load(&q->dirty_count) && !q->freed && !q->waiting;

@@ -3,8 +3,8 @@
  *   cluster 0        the header, its extensions, the name of the backing file
  *   then             refcount table, refcount blocks, L1 table: each in whole clusters, one after the other; the file ends with them
  *
- * The refcount blocks cover these clusters and no more than fits; the tables grow when they must. The L1 table has its final size, for growth
- * of the disk is rare. What is zeros is not written.
+ * The refcount blocks cover these clusters and no more than fits; the tables grow when they must. The L1 table has its final size, for
+ * growth of the disk is rare. What is zeros is not written.
  */
 #define _GNU_SOURCE
 #include <endian.h>
@@ -47,8 +47,8 @@ static int plan_options(struct plan *plan, const char *name, uint64_t size, cons
     h->size = align_up(size, SECTOR);
     const uint64_t entries = div_up(h->size, (uint64_t)cluster << l2_bits(h));
     if (entries > MAX_L1_BYTES / 8)
-        return fail(error, EFBIG, FL_SIDE_NONE, 0, 0, "cannot make image '%s' of %" PRIu64 " bytes in clusters of %" PRIu32 ": %" PRIu64 " bytes are the most; "
-                    "larger clusters allow more", name, size, cluster, (MAX_L1_BYTES / 8 * cluster) << l2_bits(h));
+        return fail(error, EFBIG, FL_SIDE_NONE, 0, 0, "cannot make image '%s' of %" PRIu64 " bytes in clusters of %" PRIu32 ": %" PRIu64
+                    " bytes are the most; larger clusters allow more", name, size, cluster, (MAX_L1_BYTES / 8 * cluster) << l2_bits(h));
     h->l1_size = (uint32_t)entries;
 
     const char *compression = options->compression ? options->compression : codec_name(COMPRESSION_ZLIB);
@@ -71,7 +71,8 @@ static int plan_backing(struct plan *plan, const char *name, const fl_image_opti
     }
     const size_t length = strlen(options->backing);
     if (!options->backing_format || !*options->backing_format)
-        return INVALID("the format of its backing file '%.100s' was not given; nothing is guessed: pass 'raw' or 'qcow2'", options->backing);
+        return INVALID("the format of its backing file '%.100s' was not given; nothing is guessed: pass 'raw' or 'qcow2'",
+                       options->backing);
     if (strcmp(options->backing_format, "raw") && strcmp(options->backing_format, "qcow2"))
         return INVALID("the format of its backing file is '%.40s', neither raw nor qcow2", options->backing_format);
     if (length > MAX_BACKING_NAME)
@@ -82,7 +83,7 @@ static int plan_backing(struct plan *plan, const char *name, const fl_image_opti
     return 0;
 }
 
-/* Where everything goes. The number of refcount blocks depends on how many clusters there are, and the other way round: it grows until it fits. */
+/* Where everything goes. How many refcount blocks there are depends on how many clusters, and the other way round: it grows until it fits. */
 static void plan_layout(struct plan *plan)
 {
     struct header *h = &plan->header;
@@ -111,7 +112,7 @@ static void put_extension(unsigned char *cluster, size_t *at, uint32_t type, con
     *at += sizeof words + align_up(length, 8);
 }
 
-/* What stands behind the fixed fields, in a cluster of zeros; sets backing_offset. The names of features are left out where they don't fit. */
+/* What stands behind the fixed fields, in a cluster of zeros; sets backing_offset. The features' names are left out where they don't fit. */
 static int fill_first_cluster(unsigned char *cluster, struct header *h, const char *name, fl_error *error)
 {
     const size_t size = header_cluster_size(h), end_mark = 8;

@@ -1,8 +1,8 @@
-/* header.c: the header of a qcow2 file and its extensions: read, validate, write. (Sections "Header", "Feature name table" and "Header extensions"
- * of the format.)
+/* header.c: the header of a qcow2 file and its extensions: read, validate, write. (Sections "Header", "Feature name table" and "Header
+ * extensions" of the format.)
  *
- * Everything in the file may come from somebody who means harm. So nothing that is read here is used as a size, an offset or a count before it
- * is known to be within its limit, and whoever gets a struct header may rely on that. The order of the checks: what the image is; which
+ * Everything in the file may come from somebody who means harm. So nothing that is read here is used as a size, an offset or a count before
+ * it is known to be within its limit, and whoever gets a struct header may rely on that. The order of the checks: what the image is; which
  * features it needs; then what is wrong with it; so that the message tells the most important thing.
  */
 #define _GNU_SOURCE
@@ -47,7 +47,7 @@ static uint64_t u64_at(const struct parser *p, uint32_t offset)
 }
 
 #define REFUSE(p, format, ...) \
-    fail((p)->error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' " format, (p)->io->name, __VA_ARGS__)
+    fail((p)->error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' " format, (p)->io->name, ##__VA_ARGS__)
 
 /* ---- the fields, in the order in which they are checked ---- */
 
@@ -91,8 +91,8 @@ static int next_extension(struct parser *p, uint32_t *at, uint32_t *type, uint32
     if (*type == EXT_END)
         return 0;
     if (*length > p->extensions_end - *data)
-        return REFUSE(p, "is damaged: header extension 0x%08" PRIx32 " at %" PRIu32 " claims %" PRIu32 " bytes, %" PRIu32 " are left in the header's "
-                      "cluster", *type, *at, *length, p->extensions_end - *data);
+        return REFUSE(p, "is damaged: header extension 0x%08" PRIx32 " at %" PRIu32 " claims %" PRIu32 " bytes, %" PRIu32 " are left in "
+                      "the header's cluster", *type, *at, *length, p->extensions_end - *data);
     *at = *data + MIN((*length + 7) & ~7u, p->extensions_end - *data);
     return 0;
 }
@@ -129,7 +129,8 @@ static int refuse_unknown_features(struct parser *p, uint64_t unknown)
         if (!(unknown >> bit & 1))
             continue;
         feature_name(p, 0, bit, name);
-        int n = snprintf(list + used, sizeof list - used, "%sbit %u%s%s%s", used ? ", " : "", bit, *name ? " ('" : "", name, *name ? "')" : "");
+        int n = snprintf(list + used, sizeof list - used, "%sbit %u%s%s%s", used ? ", " : "", bit, *name ? " ('" : "", name,
+                         *name ? "')" : "");
         if (n < 0 || (size_t)n >= sizeof list - used) {         /* enough of them */
             strcpy(list + MIN(used, sizeof list - 5), " ...");
             break;
@@ -152,10 +153,11 @@ static int read_features(struct parser *p)
     if (h->incompatible & ~known)
         return refuse_unknown_features(p, h->incompatible & ~known);
     if (h->incompatible & INCOMPAT_DATA_FILE)
-        return REFUSE(p, "keeps its data in an external file (incompatible feature bit %d), which is not supported: convert it with qemu-img", 2);
+        return REFUSE(p, "keeps its data in an external file (incompatible feature bit 2), which is not supported: convert it with "
+                      "qemu-img");
     if (h->incompatible & INCOMPAT_EXTENDED_L2)
-        return REFUSE(p, "has extended L2 entries, for subclusters (incompatible feature bit %d), which are not supported: convert it with "
-                      "qemu-img convert -O qcow2 -o extended_l2=off", 4);
+        return REFUSE(p, "has extended L2 entries, for subclusters (incompatible feature bit 4), which are not supported: convert it with "
+                      "qemu-img convert -O qcow2 -o extended_l2=off");
     if (crypt != 0)
         return REFUSE(p, "is encrypted (crypt_method %" PRIu32 "%s), which is not supported: convert it with qemu-img", crypt,
                       crypt == 1 ? ", AES" : crypt == 2 ? ", LUKS" : "");
@@ -163,7 +165,7 @@ static int read_features(struct parser *p)
     uint8_t type = h->version >= 3 && h->header_length > COMPRESSION_BYTE ? p->bytes[COMPRESSION_BYTE] : 0;
     bool flagged = h->incompatible & INCOMPAT_COMPRESSION;
     if (flagged && type == 0)
-        return REFUSE(p, "is damaged: it has the compression type feature (incompatible feature bit %d) and no compression type but zlib", 3);
+        return REFUSE(p, "is damaged: it has the compression type feature (incompatible feature bit 3) and no compression type but zlib");
     if (!flagged && type != 0)
         return REFUSE(p, "is damaged: it has compression type %u without the feature for it (incompatible feature bit 3)", type);
     if (type > COMPRESSION_ZSTD)
@@ -176,7 +178,8 @@ static int read_features(struct parser *p)
 static int check_table(struct parser *p, const char *what, uint64_t offset, uint64_t entries, uint64_t size, uint64_t max)
 {
     if (entries > max / size)
-        return REFUSE(p, "is damaged or not supported: its %s has %" PRIu64 " entries; %" PRIu64 " are possible", what, entries, max / size);
+        return REFUSE(p, "is damaged or not supported: its %s has %" PRIu64 " entries; %" PRIu64 " are possible", what, entries,
+                      max / size);
     if ((uint64_t)INT64_MAX - entries * size < offset)
         return REFUSE(p, "is damaged: its %s ends beyond 2^63 bytes", what);
     if (offset & (header_cluster_size(&p->header) - 1))
@@ -191,8 +194,8 @@ static int check_inside(struct parser *p, const char *what, uint64_t offset, uin
 {
     if (in_range(length, offset, p->file_length))
         return 0;
-    return REFUSE(p, "is damaged: its %s, %" PRIu64 " bytes at %" PRIu64 ", ends beyond the file, %" PRIu64 ": was that truncated?", what, length, offset,
-                  p->file_length);
+    return REFUSE(p, "is damaged: its %s, %" PRIu64 " bytes at %" PRIu64 ", ends beyond the file, %" PRIu64 ": was that truncated?",
+                  what, length, offset, p->file_length);
 }
 
 static int read_tables(struct parser *p)
@@ -209,36 +212,40 @@ static int read_tables(struct parser *p)
     h->snapshot_count = u32_at(p, 60);
     h->snapshots_offset = u64_at(p, 64);
     if (h->refcount_order > 6)
-        return REFUSE(p, "is damaged or not supported: refcount_order is %" PRIu32 "; 0 to 6 (refcounts of 1 to 64 bits) are possible", h->refcount_order);
+        return REFUSE(p, "is damaged or not supported: refcount_order is %" PRIu32 "; 0 to 6 (refcounts of 1 to 64 bits) are possible",
+                      h->refcount_order);
     if (h->size > (uint64_t)INT64_MAX)
         return REFUSE(p, "is damaged or not supported: its disk has %" PRIu64 " bytes; 2^63 - 1 is the most", h->size);
 
     const uint64_t needed = div_up(h->size, cluster << l2_bits(h));
     if (needed > MAX_L1_BYTES / 8)
-        return REFUSE(p, "is damaged or not supported: its disk has %" PRIu64 " bytes, more than an L1 table of 32 MiB can map in clusters of %" PRIu64,
-                      h->size, cluster);
+        return REFUSE(p, "is damaged or not supported: its disk has %" PRIu64 " bytes, more than an L1 table of 32 MiB can map in "
+                      "clusters of %" PRIu64, h->size, cluster);
     if (h->l1_size > 0 && (rc = check_table(p, "L1 table", h->l1_offset, h->l1_size, 8, MAX_L1_BYTES)) < 0)
         return rc;
     if (h->l1_size > 0 && (rc = check_inside(p, "L1 table", h->l1_offset, h->l1_size * UINT64_C(8))) < 0)
         return rc;
     if (h->l1_size < needed)
-        return REFUSE(p, "is damaged: its L1 table has %" PRIu32 " entries, and a disk of %" PRIu64 " bytes needs %" PRIu64, h->l1_size, h->size, needed);
+        return REFUSE(p, "is damaged: its L1 table has %" PRIu32 " entries, and a disk of %" PRIu64 " bytes needs %" PRIu64, h->l1_size,
+                      h->size, needed);
 
     if (h->reftable_clusters == 0)
-        return REFUSE(p, "is damaged: it has no refcount table (%s)", "refcount_table_clusters is 0");
-    if ((rc = check_table(p, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << (h->cluster_bits - 3), 8, MAX_REFTABLE_BYTES)) < 0)
+        return REFUSE(p, "is damaged: it has no refcount table (refcount_table_clusters is 0)");
+    if ((rc = check_table(p, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << (h->cluster_bits - 3), 8,
+                          MAX_REFTABLE_BYTES)) < 0)
         return rc;
     if ((rc = check_inside(p, "refcount table", h->reftable_offset, (uint64_t)h->reftable_clusters << h->cluster_bits)) < 0)
         return rc;
 
     if (h->snapshot_count > MAX_SNAPSHOTS_IN_FILE)
-        return REFUSE(p, "is damaged or not supported: it has %" PRIu32 " internal snapshots; %u is the most", h->snapshot_count, MAX_SNAPSHOTS_IN_FILE);
+        return REFUSE(p, "is damaged or not supported: it has %" PRIu32 " internal snapshots; %u is the most", h->snapshot_count,
+                      MAX_SNAPSHOTS_IN_FILE);
     if (h->snapshot_count > 0)
         return check_table(p, "snapshot table", h->snapshots_offset, h->snapshot_count, 40, MAX_SNAPSHOT_TABLE_BYTES);
     return 0;
 }
 
-/* Where the name of the backing file is; it must lie between the header and the end of its cluster (which is in the file, as are the tables). */
+/* Where the name of the backing file is: between the header and the end of its cluster (which is in the file, as are the tables). */
 static int read_backing(struct parser *p)
 {
     struct header *h = &p->header;
@@ -248,9 +255,11 @@ static int read_backing(struct parser *p)
     if (offset == 0)
         return 0;
     if (offset < h->header_length || offset >= cluster)
-        return REFUSE(p, "is damaged: backing_file_offset is %" PRIu64 ", which is not between the header and the end of its cluster", offset);
+        return REFUSE(p, "is damaged: backing_file_offset is %" PRIu64 ", which is not between the header and the end of its cluster",
+                      offset);
     if (length > MAX_BACKING_NAME || length > cluster - offset)
-        return REFUSE(p, "is damaged: backing_file_size is %" PRIu32 "; up to %u, inside of the first cluster, are possible", length, MAX_BACKING_NAME);
+        return REFUSE(p, "is damaged: backing_file_size is %" PRIu32 "; up to %u, inside of the first cluster, are possible", length,
+                      MAX_BACKING_NAME);
     if (memchr(p->bytes + offset, '\0', length))
         return REFUSE(p, "is damaged: the name of its backing file, of %" PRIu32 " bytes, contains a null character", length);
     memcpy(h->backing, p->bytes + offset, length);
@@ -266,7 +275,8 @@ static int read_backing_format(struct parser *p, uint32_t data, uint32_t length)
 {
     struct header *h = &p->header;
     if (length >= sizeof h->backing_format)
-        return REFUSE(p, "is damaged: the format of its backing file has a name of %" PRIu32 " bytes; %zu is the most", length, sizeof h->backing_format - 1);
+        return REFUSE(p, "is damaged: the format of its backing file has a name of %" PRIu32 " bytes; %zu is the most", length,
+                      sizeof h->backing_format - 1);
     memset(h->backing_format, 0, sizeof h->backing_format);
     memcpy(h->backing_format, p->bytes + data, length);
     return 0;
@@ -286,7 +296,8 @@ static int read_bitmaps(struct parser *p, uint32_t data, uint32_t length)
     if (reserved != 0)
         return REFUSE(p, "is damaged: a reserved field of its bitmaps extension is %" PRIu32 ", not 0", reserved);
     if (count == 0 || count > MAX_BITMAPS)
-        return REFUSE(p, "is damaged or not supported: its bitmaps extension claims %" PRIu32 " bitmaps; 1 to %u are possible", count, MAX_BITMAPS);
+        return REFUSE(p, "is damaged or not supported: its bitmaps extension claims %" PRIu32 " bitmaps; 1 to %u are possible", count,
+                      MAX_BITMAPS);
     if (size == 0)
         return REFUSE(p, "is damaged: its directory of %" PRIu32 " bitmaps has no bytes", count);
     int rc = check_table(p, "directory of bitmaps", offset, size, 1, MAX_BITMAP_DIRECTORY_BYTES);

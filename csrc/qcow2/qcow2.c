@@ -93,7 +93,17 @@ int qcow2_prepare(struct qcow2 *q, fl_error *error)
 
 /* ---- what image.c calls ---- */
 
-static int qcow2_flush(fl_image *image, fl_error *error) { return commit(qcow2_of(image), error); }
+/* Where compressed clusters were written, what was set aside for more of them is given back too: a backup that was flushed is complete, and is not
+   written any more when it is closed. */
+static int qcow2_flush(fl_image *image, fl_error *error)
+{
+    struct qcow2 *q = qcow2_of(image);
+    pthread_mutex_lock(&q->alloc);
+    bool compressing = q->area.end != 0;
+    pthread_mutex_unlock(&q->alloc);
+    return compressing ? commit_all(q, error) : commit(q, error);
+}
+
 static uint64_t qcow2_allocated(fl_image *image) { return io_allocated(&qcow2_of(image)->io); }
 
 /* A file that was cut off has lost clusters of anywhere on the disk. */
@@ -131,7 +141,7 @@ static int qcow2_bitmaps(fl_image *image, size_t first, fl_persistent_bitmap *bi
 static int qcow2_sync_close(fl_image *image, fl_error *error)
 {
     struct qcow2 *q = qcow2_of(image);
-    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;
+    return image->writable && atomic_load(&q->prepared) ? commit_all(q, error) : 0;       /* threads are started by changes only */
 }
 
 static void qcow2_destroy(fl_image *image)
@@ -158,12 +168,21 @@ static void qcow2_destroy(fl_image *image)
         pthread_mutex_destroy(locks[i]);
 }
 
+static int qcow2_descriptor(fl_image *image) { return qcow2_of(image)->io.fd; }
+
+/* A flush leaves what closing still does: clusters that wait to be freed, and their refcounts. */
+static int qcow2_settle(fl_image *image, fl_error *error)
+{
+    int rc = commit(qcow2_of(image), error);
+    return rc ? rc : qcow2_sync_close(image, error);
+}
+
 static const struct image_ops qcow2_ops = {
     .format = "qcow2",
     .readv = qcow2_readv, .writev = qcow2_writev, .zero = qcow2_zero, .discard = qcow2_discard, .flush = qcow2_flush,
     .extents = map_extents, .allocated = qcow2_allocated, .map = map_map, .write_compressed = qcow2_write_compressed, .grow = qcow2_grow,
     .info = qcow2_info, .snapshots = qcow2_snapshots, .bitmaps = qcow2_bitmaps,
-    .ends_at = qcow2_ends_at, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
+    .ends_at = qcow2_ends_at, .descriptor = qcow2_descriptor, .settle = qcow2_settle, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
 };
 
 /* ---- opening ---- */
@@ -251,6 +270,8 @@ static int read_l1(struct qcow2 *q, fl_error *error)
 static int set_up(struct qcow2 *q, const char *path, const fl_image_options *options, fl_error *error)
 {
     int rc = header_read(&q->io, &q->header, error);
+    if (rc == 0)
+        rc = backing_open(&q->header, path, options, &q->backing, error);       /* what is refused is refused before anything is repaired */
     if (rc == 0 && q->io.writable)
         rc = check_writable(q, error);
     if (rc < 0)
@@ -269,8 +290,6 @@ static int set_up(struct qcow2 *q, const char *path, const fl_image_options *opt
     rc = read_l1(q, error);
     if (rc == 0 && q->io.writable)
         rc = refcount_init(q, error);
-    if (rc == 0)
-        rc = backing_open(&q->header, path, options, &q->backing, error);
     atomic_store(&q->image.punches, q->has_zero_flag || !q->backing);
     return rc;
 }

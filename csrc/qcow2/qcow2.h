@@ -7,7 +7,7 @@
  *   check.c       count all references; repair                                 (all of these know the header and the file, nothing of the caches)
  *
  *   cache.c       slices of L2 tables and refcount blocks, bounded             compressed.c compressed clusters, read and written
- *   refcount.c    allocate and free clusters; growth of the table              map.c        guest offset -> what is there; set entries; extents
+ *   refcount.c, allocate.c, free.c, area.c: who has which cluster of the file  map.c, extents.c  guest offset -> what is there; set entries
  *   commit.c      the one way by which metadata gets into the file             write.c      allocating writes and copy-on-write
  *   qcow2.c       opening, closing, image_ops   <- start reading here          discard.c    zero and discard
  *
@@ -99,7 +99,7 @@ bool codec_present(enum compression compression);               /* is it in this
 int codec_require(enum compression compression, const char *name, fl_error *error);
 /* Exactly `out_length` bytes must come; what follows in the input is ignored. -EIO: they do not; -ENOMEM; -FL_EFORMAT: not in this build. */
 int codec_inflate(enum compression compression, const void *in, size_t in_length, void *out, size_t out_length);
-/* How many bytes it took, at most `max`; -ENOSPC: it needs more; -ENOMEM; -FL_EFORMAT. */
+/* How many bytes it took, at most `max`; -ENOSPC: it needs more, or nearly as much; -ENOMEM; -FL_EFORMAT. */
 ssize_t codec_deflate(enum compression compression, const void *in, size_t length, void *out, size_t max);
 
 /* ---- snapshots.c ---- */

@@ -1,5 +1,5 @@
-/* snapshots.c: the table of internal snapshots (section "Snapshots"). They are listed, and counted by the check; their clusters are safe from
- * writes by their refcounts alone, so nothing else needs the table.
+/* snapshots.c: the table of internal snapshots (section "Snapshots"). They are listed, and counted by the check; their clusters are safe
+ * from writes by their refcounts alone, so nothing else needs the table.
  */
 #define _GNU_SOURCE
 #include <endian.h>
@@ -15,7 +15,8 @@ static uint16_t u16_at(const unsigned char *p) { uint16_t v; memcpy(&v, p, 2); r
 static uint32_t u32_at(const unsigned char *p) { uint32_t v; memcpy(&v, p, 4); return be32toh(v); }
 static uint64_t u64_at(const unsigned char *p) { uint64_t v; memcpy(&v, p, 8); return be64toh(v); }
 
-#define REFUSE(format, ...) fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: internal snapshot %zu " format, io->name, index, __VA_ARGS__)
+#define REFUSE(format, ...) \
+    fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is damaged: internal snapshot %zu " format, io->name, index, __VA_ARGS__)
 
 static void copy_text(char *to, size_t room, const unsigned char *from, size_t length)
 {
@@ -25,7 +26,8 @@ static void copy_text(char *to, size_t room, const unsigned char *from, size_t l
 }
 
 /* The entry at *offset; moves on. `memory` is room for one. */
-static int read_entry(struct io *io, const struct header *h, size_t index, uint64_t *offset, unsigned char *memory, struct snapshot_entry *entry, fl_error *error)
+static int read_entry(struct io *io, const struct header *h, size_t index, uint64_t *offset, unsigned char *memory,
+                      struct snapshot_entry *entry, fl_error *error)
 {
     int rc = io_read_metadata(io, memory, FIXED, *offset, error);
     if (rc < 0)
@@ -36,7 +38,8 @@ static int read_entry(struct io *io, const struct header *h, size_t index, uint6
         return REFUSE("has %" PRIu32 " bytes of extra data; %u are the most", extra, MAX_EXTRA);
     if (entry->l1_size > MAX_L1_BYTES / 8)
         return REFUSE("has an L1 table of %" PRIu32 " entries; %" PRIu64 " are the most", entry->l1_size, MAX_L1_BYTES / 8);
-    if (entry->l1_size > 0 && (entry->l1_offset == 0 || entry->l1_offset & (header_cluster_size(h) - 1) || entry->l1_offset > INT64_MAX - MAX_L1_BYTES))
+    if (entry->l1_size > 0 && (entry->l1_offset == 0 || entry->l1_offset & (header_cluster_size(h) - 1) ||
+                               entry->l1_offset > INT64_MAX - MAX_L1_BYTES))
         return REFUSE("has its L1 table at %" PRIu64 ", where none can be", entry->l1_offset);
 
     const unsigned char *data = memory + FIXED;
@@ -102,7 +105,8 @@ void snapshots_free(struct snapshot_table *table)
     *table = (struct snapshot_table){ 0 };
 }
 
-int snapshots_list(struct io *io, const struct header *h, size_t first, fl_internal_snapshot *out, size_t max, size_t *found, fl_error *error)
+int snapshots_list(struct io *io, const struct header *h, size_t first, fl_internal_snapshot *out, size_t max, size_t *found,
+                   fl_error *error)
 {
     struct snapshot_table table;
     int rc = snapshots_load(io, h, &table, error);

@@ -79,6 +79,7 @@ int thread_start(void *(*body)(void *), void *argument, const char *name)
     pthread_t thread;
     sigset_t all, old;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS);    /* a thread that may mark a dirty bitmap in its file: see guard.c; a blocked one would end the process */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(&thread, NULL, body, argument);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -91,13 +92,13 @@ int thread_start(void *(*body)(void *), void *argument, const char *name)
 
 static const char *const own_names[] = {
     "snapshot broken", "already discarded", "lost", "outside the dirty bitmap", "beyond the end", "closed",
-    "belongs to the parent process", "in use", "bad format", "truncated", "cancelled", "interrupted", "no more chunks", "still running",
+    "belongs to the parent process", "in use", "bad format", "truncated", "cancelled", "interrupted", "no more chunks", "still running", "inconsistent dirty bitmap",
 };
 
 const char *fl_strerror(int code)
 {
     int positive = code < 0 ? -code : code;
-    if (positive >= FL_EBROKEN && positive <= FL_ERUNNING)
+    if (positive >= FL_EBROKEN && positive <= FL_EINCONSISTENT)
         return own_names[positive - FL_EBROKEN];
     const char *name = strerrordesc_np(positive);
     return name ? name : "unknown error";

@@ -64,7 +64,7 @@ uint64_t slice_end(uint64_t deadline);
 /* True when this thread is the one that takes interrupts and the hook asks to stop. Calls foreign code: hold no lock. */
 bool interrupted(void);
 
-/* Start a detached thread with all signals blocked. 0 or -errno. */
+/* Start a detached thread with all signals but SIGBUS blocked. 0 or -errno. */
 int thread_start(void *(*body)(void *), void *argument, const char *name);
 
 /* Changes at fork in the child: what was made in an earlier generation belongs to the parent. */

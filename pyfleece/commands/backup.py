@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pyfleece
-from pyfleece.commands.kit import COMMON, IMAGE, Failure, backing_root, open_image, say, size, speed
+from pyfleece.commands.chain import add_point
+from pyfleece.commands.kit import COMMON, IMAGE, Failure, backing_root, open_image, say, size, snapshot_options, speed
 from pyfleece.progress import human
 from pyfleece.snapshot import POLICIES
 
@@ -64,10 +65,28 @@ def add(commands: Any) -> None:
     group.add_argument("--cluster-size", metavar="SIZE", type=size, help="the unit in which old data is saved")
     group.add_argument("--on-cbw-error", choices=POLICIES, default="break-snapshot", help="when it can't be saved")
     group.add_argument("--cbw-timeout", metavar="SECONDS", type=float, default=45.0, help="a write's longest wait")
+    chain = parser.add_argument_group(
+        "a directory of backups",
+        "With --incremental, TARGET is a directory in which each backup becomes one more point in time. See `pyfleece "
+        "points`, `verify` and `restore`.",
+    )
+    chain.add_argument(
+        "--incremental",
+        action="store_true",
+        help="copy only what was changed since the newest point; all, where that is not known (the reason is told)",
+    )
+    chain.add_argument("--keep", metavar="N", type=int, help="then drop all but the newest N points")
+    chain.add_argument("--bitmap-granularity", metavar="SIZE", type=size, default=65536, help="of the dirty bitmap")
+    chain.add_argument("--write-intent", action="store_true", help="the bitmap outlives a crash of the machine")
     parser.set_defaults(run=_backup)
 
 
 def _backup(args: argparse.Namespace) -> None:
+    if args.incremental:
+        add_point(args)
+        return
+    if args.keep is not None:
+        raise Failure("--keep is for a directory of backups: with --incremental")
     to_stdout = args.target == "-"
     target = _Stdout() if to_stdout else args.target
     if args.share:
@@ -75,16 +94,7 @@ def _backup(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         source = stack.enter_context(open_image(args, args.source, "source"))
         disk = stack.enter_context(pyfleece.Disk(source))
-        snapshot = stack.enter_context(
-            disk.snapshot(
-                args.fleecing,
-                cluster_size=args.cluster_size,
-                on_cbw_error=args.on_cbw_error,
-                cbw_timeout=args.cbw_timeout,
-                fleecing_limit=args.fleecing_limit,
-                stage_size=args.stage_size,
-            )
-        )
+        snapshot = stack.enter_context(disk.snapshot(**snapshot_options(args)))
         job = stack.enter_context(
             pyfleece.Backup(
                 snapshot,

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    with open_image(args, args.image) as image:
+    with open_image(args, args.image, inspect=True) as image:
         info = image.info
         snapshots = image.internal_snapshots()
         bitmaps = image.persistent_bitmaps()

@@ -70,15 +70,19 @@ COMMON, IMAGE, AS_JSON = _parents()
 # ---- images ----
 
 
-def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> pyfleece.Image:
+def open_image(
+    args: argparse.Namespace, path: str, side: str | None = None, mode: str = "r", *, inspect: bool = False
+) -> pyfleece.Image:
     try:
         return pyfleece.open(
             path,
+            mode,
             format=args.format,
             direct=args.direct,
             share=args.share,
             cache_size=args.cache_size,
             backing_root=backing_root(args),
+            inspect=inspect,
         )
     except Error as error:
         error.side = side
@@ -87,6 +91,18 @@ def open_image(args: argparse.Namespace, path: str, side: str | None = None) -> 
 
 def backing_root(args: argparse.Namespace) -> str | bool | None:
     return False if args.no_backing else args.backing_root
+
+
+def snapshot_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `Disk.snapshot`."""
+    return {
+        "fleecing": args.fleecing,
+        "cluster_size": args.cluster_size,
+        "on_cbw_error": args.on_cbw_error,
+        "cbw_timeout": args.cbw_timeout,
+        "fleecing_limit": args.fleecing_limit,
+        "stage_size": args.stage_size,
+    }
 
 
 # ---- output ----

@@ -24,9 +24,7 @@
 #define MAX_WRITERS 16
 #define MAX_OPERATION (256 * KIB)
 
-#define MOST_DISK_SIZE (3072 * KIB + 1024)
-static uint64_t disk_size = 3072 * KIB + 513;     /* fixed while threads run */
-#define DISK_SIZE disk_size
+#define DISK_SIZE (3072 * KIB + 513)
 #define ZONE_END (2048 * KIB)           /* zones, then granules, then the chains, then the odd tail: a zone again */
 #define CHAIN_X (2944 * KIB)            /* a sector for each writer */
 #define CHAIN_Y (3008 * KIB)
@@ -193,7 +191,7 @@ struct picture {
     uint64_t *low, *high;               /* by granule */
     uint64_t unknown_bytes;             /* in zones, when the picture was taken */
     pthread_mutex_t lock;
-    atomic_ushort unknown[MOST_DISK_SIZE / SECTOR + 1];      /* bytes of the sector that are unknown; comes down only */
+    atomic_ushort unknown[DISK_SIZE / SECTOR + 1];      /* bytes of the sector that are unknown; comes down only */
 };
 
 static inline void forget(struct picture *p, uint64_t offset, uint64_t length)

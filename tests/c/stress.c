@@ -1,12 +1,12 @@
 /* stress.c: many writers against snapshots that are cut, read, released, backed up and closed all the time; checked byte for byte.
  *
- * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct] [--qcow2]
+ * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct]
+ *            [--source FORMAT] [--fleecing FORMAT] [--target FORMAT]
  *
- * The source and the fleecing images are made in DIR. With --qcow2 they and the targets are qcow2 images of various cluster sizes, and the
- * two sources are left there, for others to check. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
- * writers out for a moment, so that every byte of the snapshot is known; a hot one runs among them and is checked by what the granules
- * say of themselves, and by chains: a writer's sector X is written, then Y, then (on a second disk) Z, each after the one before was
- * acknowledged, so at one instant Z <= Y <= X <= Z + 1.
+ * All images are made in DIR; FORMAT: raw or qcow2, in shapes that come from the seed; the files of qcow2 sources and targets are checked when all is
+ * done with them. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the writers out for a moment, so that every byte
+ * of the snapshot is known; a hot one runs among them and is checked by what the granules say of themselves, and by chains: a writer's
+ * sector X is written, then Y, then (on a second disk) Z, each after the one before was acknowledged, so at one instant Z <= Y <= X <= Z + 1.
  *
  * calm: there is always room in the end and time enough to wait for it: nothing may fail. tight: timeouts are short, fleecing images are
  * small, these and the source fail now and then: each policy happens, and only what it allows.
@@ -18,6 +18,7 @@
 #include <signal.h>
 
 #include "guest.h"
+#include "qcow2_make.h"
 #include "shot.h"
 
 #define READERS 3
@@ -26,26 +27,8 @@
 
 static const char *directory;
 static uint64_t seed = 1;
-static bool direct, qcow2;
+static bool direct, qcow2_source, qcow2_fleecing, qcow2_target;
 static fl_image *source, *twin_image;
-
-/* A new image that loses its name when it is not to be `kept`. */
-static fl_image *new_image(const char *name, uint64_t size, bool goes_direct, bool kept, uint64_t *random)
-{
-    char path[4096];
-    fl_image_options options = { .format = qcow2 ? "qcow2" : "raw", .writable = 1, .direct = goes_direct };
-    fl_image *image;
-    if (qcow2) {
-        options.cluster_size = 512u << below(random, 8);
-        options.cache_size = chance(random, 50) ? 1 : 0;
-    }
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    unlink(path);               /* of a run that failed */
-    MUST(fl_image_create(path, size, &options, &image, &why));
-    if (!kept)
-        unlink(path);
-    return image;
-}
 
 /* ---- the users of snapshots ---- */
 
@@ -170,16 +153,18 @@ static bool was_lost(fl_backup *job, uint64_t offset, uint64_t length)
 
 static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
 {
-    char name[64];
+    char path[4096];
     bool chunks = chance(random, 40);
+    fl_image_options create = { .format = qcow2_target ? "qcow2" : "raw", .writable = 1, .cluster_size = qcow2_target ? 512u << below(random, 8) : 0 };
     fl_backup_options options = { .granularity = s->cluster << below(random, 4), .workers = 1 + (uint32_t)below(random, 4),
                                   .buffers = chunks ? 2 + (uint32_t)below(random, 7) : 0, .discard = chunks || chance(random, 70),
                                   .target_is_zero = chance(random, 50), .skip_lost = tight };
     fl_image *target = NULL;
     fl_backup *job;
-    snprintf(name, sizeof name, "target-%u", number);
+    snprintf(path, sizeof path, "%s/target-%u.raw", directory, number);
+    unlink(path);               /* of a run that failed */
     if (!chunks)
-        target = new_image(name, DISK_SIZE, false, false, random);
+        MUST(fl_image_create(path, DISK_SIZE, &create, &target, &why));
     if (options.discard)
         mark(s, s->to_release, DISK_SIZE, 0);
     int rc = fl_backup_start(s->snapshot, target, &options, &job, &why);
@@ -220,6 +205,10 @@ static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
     fl_backup_free(job);
 out:
     fl_image_free(target);
+    if (!chunks && qcow2_target && rc == 0)
+        check_image_that(path, 1, 1);   /* a worker that is about to end may still have it open, and what closing frees is not free yet */
+    if (!chunks)
+        unlink(path);
 }
 
 static void *backup_body(void *argument)
@@ -239,6 +228,29 @@ static void *backup_body(void *argument)
     return NULL;
 }
 
+/* ---- images of any format ---- */
+
+/* A qcow2 image of a shape that `random` chooses; its caches are as small as they get. */
+static fl_image *make_qcow2(const char *path, uint64_t size, bool with_backing, uint64_t *random)
+{
+    struct shape shape = { .version = chance(random, 85) ? 3 : 2, .cluster_bits = 9 + 3 * (unsigned)below(random, 3), .refcount_order = 4, .size = size };
+    fl_image_options options = { .format = "qcow2", .writable = 1, .direct = direct, .cache_size = chance(random, 70) ? 1 : 0 };
+    fl_image *image = NULL;
+    char backing[4200];
+    if (shape.version == 3 && shape.cluster_bits > 9)
+        shape.refcount_order = (unsigned)below(random, 7);
+    if (with_backing && shape.version == 3) {           /* shorter than the disk, and zeros: what it holds is not what is tested here */
+        snprintf(backing, sizeof backing, "%s.backing", path);
+        shape.backing = strrchr(backing, '/') + 1;
+        int fd = open(backing, O_CREAT | O_TRUNC | O_WRONLY, 0666);
+        CHECK(fd >= 0 && ftruncate(fd, (off_t)(size / 2)) == 0, "%s", backing);
+        close(fd);
+    }
+    make_image(path, &shape);
+    MUST(fl_image_open(path, &options, &image, &why));
+    return image;
+}
+
 /* ---- cutting and closing ---- */
 
 static fl_image *make_fleecing(uint64_t size, fl_image **inner, uint64_t *random)
@@ -250,10 +262,14 @@ static fl_image *make_fleecing(uint64_t size, fl_image **inner, uint64_t *random
     slow.seed = next_random(random);
     bad_write.seed = next_random(random);
     bad_read.seed = next_random(random);
-    if (qcow2)
-        *inner = new_image("fleecing", size, false, false, random);
-    else
+    if (qcow2_fleecing) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/fleecing.qcow2", directory);
+        *inner = make_qcow2(path, size, false, random);
+        unlink(path);                   /* it lives as long as it is open */
+    } else {
         MUST(fl_image_create_nameless(directory, size, inner, &why));
+    }
     MUST(fl_image_faulty(*inner, &faulty, &why));
     if (tight) {
         slow.delay_ns = 10 * MILLISECOND;
@@ -444,11 +460,20 @@ static void *cutter_body(void *argument)
 
 static fl_image *make_source(const char *name, uint64_t size, fl_image **inner)
 {
-    uint64_t random = seed + size;
+    char path[4096];
     fl_image *faulty;
+    fl_image_options options = { .format = "raw", .writable = 1, .direct = direct };
     fl_fault slow = { .ops = FL_OP_READ, .action = FL_FAULT_DELAY, .nth = 1, .delay_ns = MILLISECOND,
                       .probability = 0.05, .seed = seed };
-    *inner = new_image(name, size, direct, qcow2, &random);
+    uint64_t random = seed;
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    unlink(path);
+    if (qcow2_source) {
+        *inner = make_qcow2(path, size, true, &random);
+    } else {
+        MUST(fl_image_create(path, size, &options, inner, &why));
+        unlink(path);
+    }
     MUST(fl_image_faulty(*inner, &faulty, &why));
     MUST(fl_fault_add(faulty, &slow, &why));
     return faulty;
@@ -468,6 +493,19 @@ static void fill(fl_image *image)
     }
     random_bytes(model + BODY_END, 300, &random);
     MUST(fl_image_pwrite(image, model + BODY_END, 300, BODY_END, &why));
+}
+
+/* The file of a source that was closed. */
+static void check_file_of(const char *name)
+{
+    char path[4200];
+    if (!qcow2_source)
+        return;
+    snprintf(path, sizeof path - 10, "%s/%s", directory, name);
+    check_image(path, 0);
+    unlink(path);
+    strcat(path, ".backing");
+    unlink(path);
 }
 
 static void check_live(void)
@@ -539,7 +577,8 @@ int main(int argc, char **argv)
     static const struct option names[] = {
         { "seconds", required_argument, NULL, 's' }, { "seed", required_argument, NULL, 'r' }, { "threads", required_argument, NULL, 't' },
         { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' },
-        { "qcow2", no_argument, NULL, 'q' }, { NULL, 0, NULL, 0 }
+        { "source", required_argument, NULL, 'S' }, { "fleecing", required_argument, NULL, 'F' },
+        { "target", required_argument, NULL, 'T' }, { NULL, 0, NULL, 0 }
     };
     uint64_t seconds = 4;
     unsigned threads = 4;
@@ -551,14 +590,16 @@ int main(int argc, char **argv)
         case 't': threads = (unsigned)strtoul(optarg, NULL, 0); break;
         case 'm': mode = optarg; break;
         case 'd': direct = true; break;
-        case 'q': qcow2 = true; break;
+        case 'S': qcow2_source = !strcmp(optarg, "qcow2"); break;
+        case 'T': qcow2_target = !strcmp(optarg, "qcow2"); break;
+        case 'F': qcow2_fleecing = !strcmp(optarg, "qcow2"); break;
         default: return 2;
         }
     }
     bool calm_runs = strcmp(mode, "tight") != 0, tight_runs = strcmp(mode, "calm") != 0;
     if (optind != argc - 1 || threads < 1 || threads > MAX_WRITERS || (calm_runs && tight_runs && strcmp(mode, "both"))) {
-        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct] [--qcow2]\n",
-                MAX_WRITERS);
+        fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct] "
+                "[--source raw|qcow2] [--fleecing raw|qcow2] [--target raw|qcow2]\n", MAX_WRITERS);
         return 2;
     }
     directory = argv[optind];
@@ -573,12 +614,10 @@ int main(int argc, char **argv)
     pthread_rwlockattr_init(&attr);
     pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
     CHECK(!pthread_rwlock_init(&exact, &attr));
-    if (qcow2)
-        disk_size = (disk_size + SECTOR - 1) / SECTOR * SECTOR;     /* as qcow2 counts */
     model_init(threads, seed);
     fl_image *twin_inner;
-    source = make_source(qcow2 ? "source.qcow2" : "source.raw", DISK_SIZE, &beneath);
-    twin_image = make_source(qcow2 ? "twin.qcow2" : "twin.raw", TWIN_SIZE, &twin_inner);
+    source = make_source("source.img", DISK_SIZE, &beneath);
+    twin_image = make_source("twin.img", TWIN_SIZE, &twin_inner);
     fill(source);
     MUST(fl_disk_open(source, &disk, &why));
     MUST(fl_disk_open(twin_image, &twin, &why));
@@ -600,6 +639,8 @@ int main(int argc, char **argv)
     fl_image_free(twin_image);
     fl_image_free(beneath);
     fl_image_free(twin_inner);
+    check_file_of("source.img");
+    check_file_of("twin.img");
     check_comes_down("/proc/self/task", tasks, 5 * SECOND);
     check_comes_down("/proc/self/fd", files, 5 * SECOND);
     for (unsigned w = 0; w < writer_count; w++) {
@@ -608,7 +649,8 @@ int main(int argc, char **argv)
     }
     free(model);
     free(granules);
-    printf("seed %" PRIu64 ", %u writers, mode %s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2 ? ", qcow2" : "");
+    printf("seed %" PRIu64 ", %u writers, mode %s%s%s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2_source ? ", qcow2 source" : "",
+           qcow2_fleecing ? ", qcow2 fleecing" : "", qcow2_target ? ", qcow2 target" : "");
     report(calm_runs, tight_runs, seconds >= LONG_RUN);
     return 0;
 }

@@ -171,6 +171,7 @@ TEST(i5_punch_spares_what_is_in_use)
     WAIT_FOR_STATS(s, now.staged_bytes < 64 * CLUSTER);
     MUST(fl_snapshot_discard(s, 1500 * CLUSTER, 1000 * CLUSTER, &why));
     write_bytes(&r, NEW, AGAIN * CLUSTER, FIRST * CLUSTER);     /* in these places */
+    WAIT_FOR_STATS(s, now.staged_bytes < 64 * CLUSTER);
     CHECK(fl_fault_seen(r.fleecing, FL_OP_DISCARD) == 0, "punched too early for this test");
     for (uint64_t c = 2500; c < FIRST; c += 200)                /* keeps every tenth of the others */
         MUST(fl_snapshot_discard(s, (c + 180 < FIRST ? 180 : FIRST - c) * CLUSTER, c * CLUSTER, &why));

@@ -1,0 +1,280 @@
+/* export_fuse_pool.c: the threads that serve a mount.
+ *
+ * Each reads requests from the device itself, into memory of its own that is laid out so that the data of a write starts at a page: a source with
+ * O_DIRECT takes it from there without a copy. Splicing was left out: what is written has to be in memory anyway for copy-before-write, and for
+ * 4 KiB the extra system calls of a pipe cost more than the copy. A thread that waits for a request is cancelled there, and nowhere else.
+ *
+ * How many. From a page cache, one thread answers faster than several, which wake each other up and share the processors with the guest;
+ * where requests wait for storage, there can't be enough. So the pool keeps as many threads able to run as half of the processors: its own
+ * thread looks every 2 ms while there is something to do, and when requests wait, nobody is there to take them, and threads are blocked, it adds
+ * as many. Who is not needed for a second ends.
+ */
+#define _GNU_SOURCE
+#ifdef FLEECE_FUSE
+#include "export_fuse.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TICK_NS 2000000u
+#define SHORT_TICKS 2u                  /* that many looks in a row found too few threads able to run: more are added */
+#define IDLE_TICKS 500u                 /* that many looks in a row found two threads without work: one ends */
+#define REQUEST_HEADER 80               /* bytes before the data of a write: struct fuse_in_header and struct fuse_write_in */
+#define REQUEST_SIZE (LARGEST_IO + 4096)        /* libfuse's own figure: its header space and the largest write */
+#define MEMORY_SIZE (REQUEST_SIZE + 8192)
+
+_Thread_local struct worker *fuse_worker;
+
+/* ---- a worker ---- */
+
+static bool is_over(fl_mount *mount)
+{
+    pthread_mutex_lock(&mount->lock);
+    bool over = mount->closing || mount->ended;
+    pthread_mutex_unlock(&mount->lock);
+    return over;
+}
+
+/* Take one of the surplus: true for the thread that is to end. */
+static bool is_surplus(fl_mount *mount)
+{
+    unsigned surplus = atomic_load_explicit(&mount->surplus, memory_order_relaxed);
+    while (UNLIKELY(surplus))
+        if (atomic_compare_exchange_weak(&mount->surplus, &surplus, surplus - 1))
+            return true;
+    return false;
+}
+
+static void wake_pool(fl_mount *mount)
+{
+    pthread_mutex_lock(&mount->lock);
+    pthread_cond_signal(&mount->wake);
+    pthread_mutex_unlock(&mount->lock);
+}
+
+/* Until the mount ends, or this thread is not needed: then true. */
+static bool serve(struct worker *worker)
+{
+    fl_mount *mount = worker->mount;
+    int old;
+    while (!is_surplus(mount)) {
+        atomic_fetch_add(&mount->reading, 1);
+        pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &old);
+        ssize_t length = read(mount->fd, worker->request, REQUEST_SIZE);
+        int failure = errno;
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
+        atomic_fetch_sub(&mount->reading, 1);
+        if (length < 0 && (failure == EINTR || failure == EAGAIN || failure == ENOENT))      /* ENOENT: the request was taken back */
+            continue;
+        if (length <= 0)
+            return false;       /* ENODEV: unmounted */
+        atomic_fetch_add(&mount->served, 1);            /* then the look: pairs with the pool's thread, which says that it sleeps and then looks */
+        if (UNLIKELY(atomic_load(&mount->pool_sleeps)))
+            wake_pool(mount);
+        struct fuse_buf buffer = { .size = (size_t)length, .mem = worker->request };
+        fuse_session_process_buf(mount->session, &buffer);
+        if (fuse_session_exited(mount->session))        /* the kernel's version does not suit libfuse */
+            return false;
+    }
+    return true;
+}
+
+static void end_thread(fl_mount *mount)
+{
+    pthread_mutex_lock(&mount->lock);
+    mount->threads--;
+    pthread_cond_broadcast(&mount->changed);
+    pthread_mutex_unlock(&mount->lock);
+    mount_unref(mount);
+}
+
+static void worker_end(void *argument)
+{
+    struct worker *worker = argument;
+    fl_mount *mount = worker->mount;
+    munmap(worker->memory, MEMORY_SIZE);
+    pthread_mutex_lock(&mount->lock);
+    worker->running = worker->used = false;
+    mount->active--;
+    pthread_mutex_unlock(&mount->lock);
+    end_thread(mount);
+}
+
+static void *worker_body(void *argument)
+{
+    struct worker *worker = argument;
+    fl_mount *mount = worker->mount;
+    int old;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
+    fuse_worker = worker;
+    pthread_mutex_lock(&mount->lock);
+    worker->thread = pthread_self();
+    worker->id = (pid_t)syscall(SYS_gettid);
+    worker->running = true;
+    pthread_mutex_unlock(&mount->lock);
+#ifdef PR_SET_IO_FLUSHER
+    /* Memory that we ask for must not wait until dirty pages of a loop device on this mount are written, by us. Needs CAP_SYS_RESOURCE. */
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+#endif
+    pthread_cleanup_push(worker_end, worker);
+    if (!is_over(mount) && !serve(worker)) {
+        pthread_mutex_lock(&mount->lock);
+        mount->ended = true;    /* one thread's end is everybody's: the others read the same */
+        pthread_cond_broadcast(&mount->changed);
+        pthread_cond_broadcast(&mount->wake);
+        pthread_mutex_unlock(&mount->lock);
+    }
+    pthread_cleanup_pop(1);
+    return NULL;
+}
+
+/* Count it first: whoever stops the pool waits for it. Under the lock. */
+static bool begin_thread(fl_mount *mount, void *(*body)(void *), void *argument)
+{
+    atomic_fetch_add(&mount->references, 1);
+    mount->threads++;
+    if (thread_start(body, argument, "fl-fuse") == 0)
+        return true;
+    mount->threads--;
+    atomic_fetch_sub(&mount->references, 1);
+    return false;
+}
+
+/* Under the lock. false: there are enough, or it does not work now. */
+static bool add_worker(fl_mount *mount)
+{
+    unsigned i = 0;
+    while (i < mount->most_workers && mount->workers[i].used)
+        i++;
+    if (i == mount->most_workers)
+        return false;
+    struct worker *worker = &mount->workers[i];
+    char *memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        return false;
+    *worker = (struct worker){ .mount = mount, .memory = memory, .payload = memory + 4096, .request = memory + 4096 - REQUEST_HEADER, .used = true };
+    if (!begin_thread(mount, worker_body, worker)) {
+        munmap(memory, MEMORY_SIZE);
+        worker->used = false;
+        return false;
+    }
+    mount->active++;
+    return true;
+}
+
+/* ---- the pool's own thread ---- */
+
+/* Does the thread wait for something other than a processor? */
+static bool is_blocked(pid_t thread)
+{
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/self/task/%d/stat", (int)thread);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    text[MAX(length, 0)] = 0;
+    const char *name_end = strrchr(text, ')');
+    return name_end && name_end[1] == ' ' && (name_end[2] == 'S' || name_end[2] == 'D');
+}
+
+/* Under the lock. */
+static unsigned count_blocked(const fl_mount *mount)
+{
+    unsigned blocked = 0;
+    for (unsigned i = 0; i < mount->most_workers; i++)
+        blocked += mount->workers[i].running && is_blocked(mount->workers[i].id);
+    return blocked;
+}
+
+static bool requests_wait(const fl_mount *mount)
+{
+    struct pollfd device = { .fd = mount->fd, .events = POLLIN };
+    return poll(&device, 1, 0) == 1 && (device.revents & POLLIN);
+}
+
+static unsigned half_of_the_processors(void)
+{
+    cpu_set_t set;
+    int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 2;
+    return (unsigned)MAX(count / 2, 1);
+}
+
+/* Wait until requests come in. Under the lock. */
+static void sleep_until_served(fl_mount *mount, uint64_t served)
+{
+    atomic_store(&mount->pool_sleeps, true);
+    while (!mount->closing && !mount->ended && atomic_load(&mount->served) == served)
+        pthread_cond_wait(&mount->wake, &mount->lock);
+    atomic_store(&mount->pool_sleeps, false);
+}
+
+static void *pool_body(void *argument)
+{
+    fl_mount *mount = argument;
+    unsigned enough = half_of_the_processors(), idle = 0, short_of = 0;
+    pthread_mutex_lock(&mount->lock);
+    uint64_t served = atomic_load(&mount->served);
+    while (!mount->closing && !mount->ended) {
+        cond_wait_until(&mount->wake, &mount->lock, now_ns() + TICK_NS);
+        uint64_t requests = atomic_load(&mount->served);
+        unsigned reading = atomic_load(&mount->reading), blocked = 0;
+        if (reading == 0 && !mount->closing && requests_wait(mount))
+            blocked = count_blocked(mount);
+        short_of = reading == 0 && blocked && mount->active - blocked < enough ? short_of + 1 : 0;
+        if (short_of >= SHORT_TICKS)
+            while (blocked-- && add_worker(mount))      /* as many again: so that the first of many requests do not wait long */
+                ;
+        idle = reading >= 2 ? idle + 1 : 0;
+        if (idle == IDLE_TICKS) {
+            idle = 0;
+            atomic_store(&mount->surplus, 1);
+        }
+        if (requests == served && reading)
+            sleep_until_served(mount, served);
+        served = requests;
+    }
+    pthread_mutex_unlock(&mount->lock);
+    end_thread(mount);
+    return NULL;
+}
+
+/* ---- start and stop ---- */
+
+int pool_start(fl_mount *mount, unsigned most, fl_error *error)
+{
+    mount->most_workers = most;
+    mount->workers = calloc(most, sizeof *mount->workers);
+    bool good = mount->workers != NULL;
+    pthread_mutex_lock(&mount->lock);
+    for (unsigned i = 0; i < MIN(most, half_of_the_processors()) && good; i++)
+        good = add_worker(mount);
+    good = good && begin_thread(mount, pool_body, mount);
+    pthread_mutex_unlock(&mount->lock);
+    return good ? 0 : fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "cannot start the threads of a mount");
+}
+
+void pool_stop(fl_mount *mount, uint64_t deadline)
+{
+    pthread_mutex_lock(&mount->lock);
+    for (unsigned i = 0; mount->workers && i < mount->most_workers; i++)
+        if (mount->workers[i].running)
+            pthread_cancel(mount->workers[i].thread);
+    while (mount->threads && cond_wait_until(&mount->changed, &mount->lock, deadline))
+        ;
+    pthread_mutex_unlock(&mount->lock);
+}
+
+void pool_destroy(fl_mount *mount)
+{
+    free(mount->workers);
+}
+
+#endif
