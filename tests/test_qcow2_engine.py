@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import c_programs
 import pytest
 import qcow2_kit as kit
 from conftest import MIB, require, run, wait_for
