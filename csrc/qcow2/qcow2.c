@@ -101,7 +101,8 @@ static int qcow2_flush(fl_image *image, fl_error *error)
     pthread_mutex_lock(&q->alloc);
     bool compressing = q->area.end != 0;
     pthread_mutex_unlock(&q->alloc);
-    return compressing ? commit_all(q, error) : commit(q, error);
+    int rc = commit(q, error);          /* commit_all does nothing, not even sync, when it finds nothing to do */
+    return rc == 0 && compressing ? commit_all(q, error) : rc;
 }
 
 static uint64_t qcow2_allocated(fl_image *image) { return io_allocated(&qcow2_of(image)->io); }
