@@ -19,7 +19,7 @@ from qcow2_patch import qemu_create
 from test_cli import pyfleece as command
 
 import pyfleece
-from pyfleece import testing
+from pyfleece import targets, testing
 
 KIB = 1024
 
@@ -319,6 +319,25 @@ def test_existing_file_is_replaced_when_the_new_one_is_complete(source, tmp_path
         pyfleece.backup(snapshot, path, compress=True)
     assert_is(path, data, tmp_path)
     assert not (tmp_path / "backup.qcow2.partial").exists()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_it_is_complete_when_it_gets_its_name(source, tmp_path, monkeypatch, compress):
+    """Tables included: nothing is written to it after that, when it is closed."""
+    disk, data = source
+    then = {}
+    replace = os.replace
+
+    def look(partial: bytes, path: bytes) -> None:
+        then[path] = Path(os.fsdecode(partial)).read_bytes()
+        replace(partial, path)
+
+    monkeypatch.setattr(targets.os, "replace", look)
+    path = tmp_path / "b.qcow2"
+    with disk.snapshot("memory") as snapshot:
+        pyfleece.backup(snapshot, path, compress=compress)
+    assert then == {os.fsencode(path): path.read_bytes()}
+    assert_is(path, data, tmp_path)
 
 
 # ---- failures ----

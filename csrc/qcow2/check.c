@@ -94,6 +94,7 @@ static int pass(struct checker *c)
     c->memory_limit = CHECK_SLACK + io_allocated(c->io);
     c->table_limit = CHECK_SLACK + 2 * io_allocated(c->io);
     c->table_bytes = 0;
+    c->extent.length = 0;
     c->dangling_first = NOWHERE;
     c->dangling_end = 0;
     result->total_clusters = div_up(c->header->size, cluster_size(c));

@@ -57,6 +57,7 @@ struct checker {
     uint64_t dangling_first, dangling_end;          /* where entries beyond the end of the file lead; first == NOWHERE: there are none */
     uint64_t memory, memory_limit;
     uint64_t table_bytes, table_limit;              /* read of L1 tables and tables of bitmaps: see spend() */
+    fl_extent extent;                               /* of the file, where it was looked at last */
     uint64_t asked_ns;                              /* when it was last asked whether to go on */
     unsigned char *buffer;                          /* BUFFER_SIZE */
     struct map pages, tables;

@@ -38,25 +38,36 @@ bool within_file(const struct checker *c, uint64_t offset, uint64_t length)
 
 /* ---- reading tables ---- */
 
-/* The next stretch of [at, end) that is not a hole; it begins and ends at multiples of 512. *start == end: none. */
+/* Where `at` is: in data, or in a hole; both are long, or there are few of them, so the last answer often does. */
+static int look_up_extent(struct checker *c, uint64_t at)
+{
+    size_t n;
+    if (at >= c->extent.offset && at - c->extent.offset < c->extent.length)
+        return 0;
+    return io_extents(c->io, at, c->length - at, &c->extent, 1, &n, c->error);
+}
+
+/* The next stretch of [at, end) that is not a hole, beginning at a multiple of 512 if `at` does. *start == end: none. */
 static int next_data(struct checker *c, uint64_t at, uint64_t end, uint64_t *start, uint64_t *stop)
 {
-    fl_extent extent = { at, end - at, FL_DATA };
-    size_t n = 1;
-    int rc = 0;
-    if (end - at > 4096)                        /* reading it is as fast as asking */
-        rc = io_extents(c->io, at, end - at, &extent, 1, &n, c->error);
-    if (rc == 0 && extent.kind == FL_ZERO && extent.offset + extent.length < end) {
-        at = MAX(at, align_down(extent.offset + extent.length, 512));
-        rc = io_extents(c->io, at, end - at, &extent, 1, &n, c->error);
-        if (rc == 0 && extent.kind == FL_ZERO)  /* that bit before the data */
-            extent = (fl_extent){ at, end - at, FL_DATA };
+    int rc = look_up_extent(c, at);
+    while (rc == 0 && c->extent.kind == FL_ZERO) {
+        uint64_t hole_end = c->extent.offset + c->extent.length, next = MAX(at, align_down(hole_end, 512));
+        if (hole_end >= end)
+            next = end;
+        if (next == at) {                       /* the rest of a sector that begins in a hole */
+            *start = at;
+            *stop = MIN(end, at + 512);
+            return 0;
+        }
+        at = next;
+        if (at == end)
+            break;
+        rc = look_up_extent(c, at);
     }
-    if (rc < 0)
-        return rc;
-    *start = extent.kind == FL_ZERO ? end : at;
-    *stop = MIN(end, align_up(extent.offset + extent.length, 512));
-    return 0;
+    *start = at;
+    *stop = MIN(end, align_up(c->extent.offset + c->extent.length, 512));
+    return rc;
 }
 
 int visit_table(struct checker *c, uint64_t offset, uint64_t length, visit_fn *visit, void *context)
@@ -65,7 +76,7 @@ int visit_table(struct checker *c, uint64_t offset, uint64_t length, visit_fn *v
     int rc = check_interrupted(c);
     while (rc == 0 && at < end) {
         rc = next_data(c, at, end, &start, &stop);
-        for (at = start; rc == 0 && at < MIN(stop, end);) {
+        for (at = start; rc == 0 && at < stop && at < end;) {
             size_t n = (size_t)MIN(stop - at, (uint64_t)BUFFER_SIZE), padded = (size_t)align_up(n, 512);
             rc = io_read_metadata(c->io, c->buffer, padded, at, c->error);
             if (rc == 0)

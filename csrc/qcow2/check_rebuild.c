@@ -236,6 +236,7 @@ static int turn_to(struct checker *c, const struct plan *p)
     *c->header = after;
     /* what the counts say is now what the file says */
     c->length = io_length(c->io);
+    c->extent.length = 0;
     for (uint32_t i = 0; i < c->pages.count; i++)
         page_at(c, i)->over = page_at(c, i)->under = 0;
     return io_flush(c->io, c->error);

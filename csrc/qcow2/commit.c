@@ -363,9 +363,7 @@ int commit_all(struct qcow2 *q, fl_error *error)
     while (q->background)
         pthread_cond_wait(&q->committed, &q->committing);
     pthread_mutex_unlock(&q->committing);
-    pthread_mutex_lock(&q->alloc);
     alloc_close_area(q);
-    pthread_mutex_unlock(&q->alloc);
     for (int i = 0; i < 4 && rc == 0; i++) {
         pthread_mutex_lock(&q->lock);
         bool done = !q->must_commit && !atomic_load(&q->dirty_count) && !q->freed && !q->waiting;

@@ -61,7 +61,7 @@ struct cache {
     struct shard *shards;
 };
 
-/* ---- refcount.c: who owns which cluster of the file ---- */
+/* ---- refcount.c, allocate.c, free.c: who owns which cluster of the file ---- */
 
 struct run { uint64_t first, count; };                  /* clusters of the file */
 struct runs { struct run *run; size_t count, room; };
@@ -178,24 +178,33 @@ void cache_dirty(struct qcow2 *q, struct slice *slice);
 
 /* ---- refcount.c ---- */
 
+int refcount_init(struct qcow2 *q, fl_error *error);    /* of an image that is open for writing */
+
+/* ---- free.c ---- */
+
 int runs_reserve(struct runs *runs, size_t more);       /* room for `more` runs_add; -ENOMEM */
 void runs_add(struct runs *runs, uint64_t first, uint64_t count);
 int freed_reserve(struct qcow2 *q, size_t more);        /* the same for q->freed. Under `lock` */
 void freed_add(struct qcow2 *q, uint64_t first, uint64_t count);
 void freed_destroy(struct freed *list);
-int refcount_init(struct qcow2 *q, fl_error *error);    /* of an image that is open for writing */
+/* What waits to be free and can be, is. Called without locks. */
+void settle(struct qcow2 *q);
+
+/* ---- allocate.c ---- */
+
 /* Clusters that nobody has, with a reference each: a run of 1 to `want` in a row. *fresh: they read as zeros. */
 int alloc_clusters(struct qcow2 *q, uint64_t want, struct run *got, bool *fresh, fl_error *error);
 /* The same, all in a row, never used since opening. */
 int alloc_in_a_row(struct qcow2 *q, uint64_t want, struct run *got, fl_error *error);
 /* Clusters that were allocated and have never been in the map. */
 void alloc_undo(struct qcow2 *q, struct run run);
+
+/* ---- area.c ---- */
+
 /* `count` bytes for a compressed cluster, with a reference to each cluster that they touch. */
 int alloc_bytes(struct qcow2 *q, uint64_t count, uint64_t *offset, fl_error *error);
 void alloc_undo_bytes(struct qcow2 *q, uint64_t offset, uint64_t count);
 void alloc_close_area(struct qcow2 *q);
-/* What waits to be free and can be, is. Called without locks. */
-void settle(struct qcow2 *q);
 
 /* ---- commit.c ---- */
 

@@ -93,7 +93,17 @@ int qcow2_prepare(struct qcow2 *q, fl_error *error)
 
 /* ---- what image.c calls ---- */
 
-static int qcow2_flush(fl_image *image, fl_error *error) { return commit(qcow2_of(image), error); }
+/* Where compressed clusters were written, what was set aside for more of them is given back too: a backup that was flushed is complete, and is not
+   written any more when it is closed. */
+static int qcow2_flush(fl_image *image, fl_error *error)
+{
+    struct qcow2 *q = qcow2_of(image);
+    pthread_mutex_lock(&q->alloc);
+    bool compressing = q->area.end != 0;
+    pthread_mutex_unlock(&q->alloc);
+    return compressing ? commit_all(q, error) : commit(q, error);
+}
+
 static uint64_t qcow2_allocated(fl_image *image) { return io_allocated(&qcow2_of(image)->io); }
 
 /* A file that was cut off has lost clusters of anywhere on the disk. */

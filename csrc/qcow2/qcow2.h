@@ -7,7 +7,7 @@
  *   check.c       count all references; repair                                 (all of these know the header and the file, nothing of the caches)
  *
  *   cache.c       slices of L2 tables and refcount blocks, bounded             compressed.c compressed clusters, read and written
- *   refcount.c    allocate and free clusters; growth of the table              map.c        guest offset -> what is there; set entries; extents
+ *   refcount.c, allocate.c, free.c, area.c: who has which cluster of the file  map.c, extents.c  guest offset -> what is there; set entries
  *   commit.c      the one way by which metadata gets into the file             write.c      allocating writes and copy-on-write
  *   qcow2.c       opening, closing, image_ops   <- start reading here          discard.c    zero and discard
  *

@@ -120,7 +120,7 @@ int qcow2_readv(fl_image *image, const struct iovec *iov, int count, uint64_t of
     struct iov_cursor cursor = { iov, count, 0 };
     int rc = 0;
     for (size_t done = 0; done < length && rc == 0; ) {
-        struct place place;
+        struct place place = { .length = 0 };
         unsigned pass = epoch_enter(&q->epoch);
         rc = map_look(q, offset + done, length - done, &place, error);
         if (rc == 0 && place.state == MAPPED && place.length == length)

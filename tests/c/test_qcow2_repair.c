@@ -1,4 +1,4 @@
-/* test_image_repair.c DIR: a repair that is cut off at any moment loses nothing, and can be done again.
+/* test_qcow2_repair.c DIR: a repair that is cut off at any moment loses nothing, and can be done again.
  *
  * What the repair of a damaged image does to the file is recorded: writes and syncs. A state: everything up to a sync, and of what came after it
  * any part. In each state the disk reads as it did before, and another repair puts all right.
