@@ -50,7 +50,7 @@ class Run:
     """One backup. It owns `group` from now on, also when this raises, and closes it in the end.
 
     `additions`: of disks whose backup becomes a point in a directory of backups. `points` has them entered, and is left
-    in the end, too.
+    in the end, too. `keep`: how many points stay, the newest ones; None: all.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Run:
         compress: bool | str,
         additions: Mapping[str, Addition],
         points: ExitStack,
+        keep: int | None,
         emit: Emit,
         on_end: Callable[[Run], None],
     ) -> None:
@@ -86,6 +87,8 @@ class Run:
         self._images: list[Image] = []          # targets that are written in place
         self._additions = dict(additions)
         self._points = points
+        self._keep = keep
+        self._prune_problem = ""                # of a backup that is good all the same
         try:
             for part, snapshot in zip(parts, group):
                 options: dict[str, Any] = {"format": None if part.in_place else format, "compress": compress}
@@ -155,6 +158,8 @@ class Run:
             told["end-time"] = int(self.ended)
         if self._failure is not None:
             told["errmsg"] = self._message
+        if self._prune_problem:
+            told["prune-errmsg"] = self._prune_problem
         return told
 
     def _kind(self, name: str) -> dict[str, str]:
@@ -217,6 +222,8 @@ class Run:
             self._look_for_broken()
         finally:
             self._close_all(self._failure)
+        if self._failure is None and self._keep is not None:
+            self._prune(self._keep)
         self.ended = time.time()
         self._tell_end(failed)
 
@@ -301,6 +308,13 @@ class Run:
     def _leave_points(self) -> None:
         failure = self._failure
         self._points.__exit__(type(failure) if failure is not None else None, failure, None)
+
+    def _prune(self, keep: int) -> None:
+        for addition in self._additions.values():
+            try:
+                addition.repository.prune(keep)
+            except Exception as error:
+                self._prune_problem = describe(error)
 
     def _close_images(self) -> None:
         for image in self._images:

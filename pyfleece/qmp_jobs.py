@@ -54,6 +54,7 @@ class Jobs:
             "*bitmap-mode": "str",
             "*mode": "str",
             "*incremental": "bool",
+            "*keep": "int",
         }
         commands.add("backup", self.backup, wanted)
         commands.add("backup-cancel", self.cancel, {"*uuid": "str"})
@@ -103,6 +104,7 @@ class Jobs:
         bitmap_mode: str = "on-success",
         mode: str = _NEW,
         incremental: bool = False,
+        keep: int | None = None,
     ) -> dict[str, Any]:
         """Cut, and start to copy. Returns when the jobs run."""
         names = self._names(devlist)
@@ -114,6 +116,8 @@ class Jobs:
         _check_word("mode", mode, (_NEW, _EXISTING))
         if incremental and (backup_dir is None or bitmap is not None or mode != _NEW):
             raise QmpError("'incremental' is with 'backup-dir', and without 'bitmap' and 'mode'")
+        if keep is not None and (keep < 1 or not incremental):
+            raise QmpError("'keep' is with 'incremental', and a number of points, 1 or more")
         parts = _parts(names, backup_dir, target, format, mode == _EXISTING)
         if incremental:
             parts = [part._replace(target=os.path.splitext(part.target)[0]) for part in parts]
@@ -150,6 +154,7 @@ class Jobs:
                 compress=compress,
                 additions=additions,
                 points=points,
+                keep=keep,
                 emit=self._emit,
                 on_end=self._end,
             )

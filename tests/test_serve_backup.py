@@ -387,6 +387,16 @@ def test_directories_of_backups(tmp_path):
         assert "is no directory of backups" in desc
         desc = client.refusal("backup", target=str(tmp_path / "x.raw"), devlist="a", incremental=True)[1]
         assert desc == "'incremental' is with 'backup-dir', and without 'bitmap' and 'mode'"
+        options = {"backup_dir": str(out), "incremental": True}
+        assert "'keep' is with 'incremental'" in client.refusal("backup", **options, keep=0)[1]
+        assert "'keep' is with 'incremental'" in client.refusal("backup", backup_dir=str(out), keep=2)[1]
+        status = client.end_of(client.execute("backup", **options, keep=2)["UUID"])
+        assert status["status"] == "done" and "prune-errmsg" not in status
+        for name, disk in (("a", a), ("b", b)):
+            repository = Repository(out / name)
+            assert len(repository.points) == 2 and repository.verify() == []
+            with repository.open() as image:
+                assert image.pread(4 * MIB, 0) == contents(disk)
         assert client.execute("query-block-jobs") == []
 
 
