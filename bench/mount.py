@@ -60,7 +60,8 @@ class Target:
 def fio(target: Target, case: Case, size: int, seconds: float, amount: int = 0) -> tuple[float, int]:
     """Operations per second, and the bytes that were written. `amount`: no more bytes than that."""
     command = ["fio", "--name=bench", f"--rw={case.pattern}", f"--bs={case.block}", f"--iodepth={case.depth}"]
-    command += [f"--size={size}", f"--runtime={round(seconds * 1000)}ms", "--randseed=1", "--invalidate=0", "--output-format=json"]
+    command += [f"--size={size}", f"--runtime={round(seconds * 1000)}ms", "--randseed=1", "--invalidate=0"]
+    command.append("--output-format=json")
     if target.uri:
         command += ["--ioengine=nbd", f"--uri={target.uri}"]
     else:

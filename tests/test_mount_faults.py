@@ -240,6 +240,30 @@ def test_requests_that_hang_do_not_hold_up_others(tmp_path: Path) -> None:
             reader.join()
 
 
+def kernel_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in os.uname().release.split("-")[0].split(".")[:2])
+
+
+def test_writes_to_one_file_do_not_wait_for_each_other(served: Served) -> None:
+    if kernel_version() < (6, 2):
+        pytest.skip("the kernel sends one write to a file after the other: Linux 6.2 is the first that does not")
+    served.source.hang("write", times=None)
+
+    def write(number: int) -> None:
+        with opened(served.file) as fd:
+            assert os.pwrite(fd, bytes([number]) * 8192, number * 65536) == 8192
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(1, 9)]
+    for writer in writers:
+        writer.start()
+    wait_for(lambda: served.source.hanging == len(writers))
+    served.source.clear()
+    for writer in writers:
+        writer.join()
+    for number in range(1, 9):
+        assert served.disk.pread(8192, number * 65536) == bytes([number]) * 8192
+
+
 def test_a_client_that_dies_in_the_middle_of_a_write(served: Served) -> None:
     served.source.hang("write", offset=MIB, length=1)
     script = "import os, sys; os.pwrite(os.open(sys.argv[1], os.O_RDWR), b'x' * 65536, 1 << 20)"
