@@ -229,7 +229,7 @@ def test_requests_that_hang_do_not_hold_up_others(tmp_path: Path) -> None:
         readers = [threading.Thread(target=(served.path / "slow.raw").read_bytes) for _ in range(10)]
         for reader in readers:
             reader.start()
-        wait_for(lambda: slow.hanging == len(readers))
+        wait_for(lambda: slow.hanging == len(readers), 20)
         assert (served.path / "fast.raw").read_bytes() == served.content["fast.raw"]
         with opened(served.path / "slow.raw") as fd:
             assert os.pwrite(fd, b"x", 0) == 1
@@ -256,7 +256,7 @@ def test_writes_to_one_file_do_not_wait_for_each_other(served: Served) -> None:
     writers = [threading.Thread(target=write, args=(number,)) for number in range(1, 9)]
     for writer in writers:
         writer.start()
-    wait_for(lambda: served.source.hanging == len(writers))
+    wait_for(lambda: served.source.hanging == len(writers), 20)
     served.source.clear()
     for writer in writers:
         writer.join()
@@ -428,7 +428,7 @@ def test_a_server_that_is_killed_leaves_no_mount(how: str, tmp_path: Path) -> No
             server.wait()
             with fails(errno.ENOTCONN):
                 os.pread(fd, 1, 0)
-            wait_for(lambda: not busy(tmp_path / "mount"))
+            wait_for(lambda: not busy(tmp_path / "mount"), 20)
     finally:
         server.kill()
         server.wait()
