@@ -161,6 +161,13 @@ int qcow2_prepare(struct qcow2 *q, fl_error *error);
 int qcow2_corrupt(struct qcow2 *q, uint64_t guest, fl_error *error, const char *format, ...) __attribute__((format(printf, 4, 5)));
 void qcow2_break(struct qcow2 *q, const fl_error *why);
 
+/* ---- bitmap_store.c: see image.h ---- */
+
+int qcow2_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error);
+int qcow2_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error);
+/* Add the clusters of the bitmaps that the header says are there, as far as they can be found out. */
+void bitmap_store_clusters(struct qcow2 *q, const struct header *header, struct runs *runs);
+
 /* ---- cache.c ---- */
 
 int cache_init(struct qcow2 *q, uint64_t bytes);
