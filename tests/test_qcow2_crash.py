@@ -6,7 +6,7 @@ those that a completed sync covers, and seeded samples of what lies between: cha
 On each such file `qemu-img check` may find leaks and no corruption, each sector has what was last flushed or something
 later, and internal snapshots are what they were. test_qcow2_mutants.py shows that this test can fail.
 
-PYFLEECE_CRASH_STATES: about so many states for each scenario (default 350). PYFLEECE_CRASH_KILLS: kills (default 10).
+PYFLEECE_CRASH_STATES: about so many states for each scenario (default 240). PYFLEECE_CRASH_KILLS: kills (default 10).
 PYFLEECE_SEED: begin with another random state.
 """
 
@@ -33,7 +33,7 @@ from qcow2_replay import BEGIN, END, SECTOR, WRITE, Disk, Event, File, parse, pl
 import pyfleece
 
 SEED = int(os.environ.get("PYFLEECE_SEED", "1"))
-STATES = int(os.environ.get("PYFLEECE_CRASH_STATES", "350"))
+STATES = int(os.environ.get("PYFLEECE_CRASH_STATES", "240"))
 KILLS = int(os.environ.get("PYFLEECE_CRASH_KILLS", "10"))
 
 
