@@ -35,6 +35,19 @@ def tool(*command: str | os.PathLike[str], expect: Sequence[int] = (0,), timeout
     return output
 
 
+def direct_works(directory: Path) -> bool:
+    """Does this file system know O_DIRECT?"""
+    probe = directory / "probe"
+    probe.touch()
+    try:
+        os.close(os.open(probe, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        probe.unlink()
+    return True
+
+
 # ---- options ----
 
 

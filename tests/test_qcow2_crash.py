@@ -6,7 +6,7 @@ those that a completed sync covers, and seeded samples of what lies between: cha
 On each such file `qemu-img check` may find leaks and no corruption, each sector has what was last flushed or something
 later, and internal snapshots are what they were. test_qcow2_mutants.py shows that this test can fail.
 
-PYFLEECE_CRASH_STATES: about so many states for each scenario (default 350). PYFLEECE_CRASH_KILLS: kills (default 10).
+PYFLEECE_CRASH_STATES: about so many states for each scenario (default 240). PYFLEECE_CRASH_KILLS: kills (default 10).
 PYFLEECE_SEED: begin with another random state.
 """
 
@@ -33,7 +33,7 @@ from qcow2_replay import BEGIN, END, SECTOR, WRITE, Disk, Event, File, parse, pl
 import pyfleece
 
 SEED = int(os.environ.get("PYFLEECE_SEED", "1"))
-STATES = int(os.environ.get("PYFLEECE_CRASH_STATES", "350"))
+STATES = int(os.environ.get("PYFLEECE_CRASH_STATES", "240"))
 KILLS = int(os.environ.get("PYFLEECE_CRASH_KILLS", "10"))
 
 
@@ -55,6 +55,7 @@ class Scenario:
     reopen: bool = False
     grow: int = 0                       # at each of four openings; with reopen
     filled: int = 0                     # bytes that have data from the beginning
+    direct: bool = False
 
     @property
     def final_size(self) -> int:
@@ -77,6 +78,7 @@ SCENARIOS = [
     Scenario("version 2 with a backing file", "compat=0.10,cluster_size=4096", backing=True),
     Scenario("a backing file", "compat=1.1,cluster_size=4096", backing=True, threads=3, size=MIB),
     Scenario("preallocated", "compat=1.1,cluster_size=1024,preallocation=metadata", threads=2),
+    Scenario("direct", "compat=1.1,cluster_size=8192", threads=3, direct=True, snapshots=1),
     Scenario("closed and opened", "compat=1.1,cluster_size=2048,refcount_bits=8", reopen=True),
     Scenario("grows", size=300 * KIB, snapshots=1, reopen=True, grow=1234 * SECTOR),
 ]
@@ -137,6 +139,7 @@ def record(program: Path, scenario: Scenario, prepared: Prepared, seed: int) -> 
     image, log = prepared.copy(prepared.path.with_name("run.qcow2")), prepared.path.with_name("log")
     log.unlink(missing_ok=True)
     options = [f"--seed={seed}", f"--operations={scenario.operations}", f"--threads={scenario.threads}"]
+    options += ["--direct"] if scenario.direct else []
     options += [f"--cache={scenario.cache}"] + (["--reopen", f"--grow={scenario.grow}"] if scenario.reopen else [])
     kit.tool(program, image, log, *options, timeout=60)
     return image, log
@@ -260,6 +263,8 @@ def program() -> Path:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_power_loss(scenario: Scenario, program: Path, tmp_path: Path) -> None:
+    if scenario.direct and not kit.direct_works(tmp_path):
+        pytest.skip("there is no O_DIRECT on this file system")
     prepared = prepare(scenario, tmp_path, SEED)
     run, log = record(program, scenario, prepared, SEED)
     judge = try_states(prepared, run, log, STATES, SEED)
