@@ -480,7 +480,7 @@ static void mark_dirty(fl_disk *disk, uint64_t offset, uint64_t end)
         sidecar_alive(disk->sidecar);
     for (struct dirty *dirty = disk->dirty; dirty; dirty = dirty->next) {
         uint64_t first = offset >> dirty->shift, last = (end - 1) >> dirty->shift;
-        if (!dirty->recording)
+        if (!dirty->recording || dirty_marked(dirty, first, last))
             continue;
         if (dirty->kept)
             dirty_keep(dirty, first, last - first + 1);

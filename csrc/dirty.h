@@ -18,6 +18,14 @@ struct dirty {
     fl_snapshot *frozen_by;     /* under the disk's lock: at most one snapshot holds a frozen one */
 };
 
+/* For the write path: are bits [first, last] set, as they mostly are? Short ranges only; false: they may be. What another thread set and we see counts as set
+   by us, for whoever we pass it on to. */
+static inline bool dirty_marked(const struct dirty *dirty, uint64_t first, uint64_t last)
+{
+    uint64_t word = first >> 6, mask = word_mask(word, first, last + 1);
+    return last >> 6 == word && (bitmap_word(&dirty->bits, word) & mask) == mask;
+}
+
 /* For the write path, before it sets the bits in memory: those that are not set yet go to the file. Of a bitmap that is kept. */
 static inline void dirty_keep(struct dirty *dirty, uint64_t first, uint64_t count)
 {
