@@ -12,7 +12,7 @@
 
 size_t bitmap_words_at(uint64_t bits) { return align_up(bitmap_pages(bits), 4096); }
 
-size_t bitmap_bytes(uint64_t bits) { return bitmap_words_at(bits) + bitmap_pages(bits) * (PAGE_BITS / 8); }
+size_t bitmap_memory(uint64_t bits) { return bitmap_words_at(bits) + bitmap_pages(bits) * (PAGE_BITS / 8); }
 
 void bitmap_over(struct bitmap *bitmap, uint64_t bits, void *memory)
 {
@@ -24,7 +24,7 @@ void bitmap_over(struct bitmap *bitmap, uint64_t bits, void *memory)
 
 int bitmap_init(struct bitmap *bitmap, uint64_t bits)
 {
-    size_t mapped = bitmap_bytes(bits);
+    size_t mapped = bitmap_memory(bits);
     unsigned char *memory = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return -ENOMEM;

@@ -23,9 +23,9 @@ struct bitmap {
 enum { PAGE_UNTOUCHED, PAGE_MIXED, PAGE_ONES };
 
 int bitmap_init(struct bitmap *bitmap, uint64_t bits);  /* all zeros; -ENOMEM */
-/* The same in memory that is somebody else's: bitmap_bytes(bits) bytes, on a page boundary, which hold zeros or what a bitmap left there. */
+/* The same in memory that is somebody else's: bitmap_memory(bits) bytes, on a page boundary, which hold zeros or what a bitmap left there. */
 void bitmap_over(struct bitmap *bitmap, uint64_t bits, void *memory);
-size_t bitmap_bytes(uint64_t bits);
+size_t bitmap_memory(uint64_t bits);
 size_t bitmap_words_at(uint64_t bits);                  /* where in that memory the bits begin; the pages' bytes are at its start */
 void bitmap_destroy(struct bitmap *bitmap);             /* one that is all zero bytes: nothing */
 

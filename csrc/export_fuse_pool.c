@@ -171,7 +171,7 @@ static bool add_worker(fl_mount *mount)
 
 /* ---- the pool's own thread ---- */
 
-/* Does the thread wait for something other than a processor? */
+/* Does the thread wait for something other than a processor? Yes, if nobody tells. */
 static bool is_blocked(pid_t thread)
 {
     char path[64], text[512];
@@ -182,7 +182,7 @@ static bool is_blocked(pid_t thread)
         close(fd);
     text[MAX(length, 0)] = 0;
     const char *name_end = strrchr(text, ')');
-    return name_end && name_end[1] == ' ' && (name_end[2] == 'S' || name_end[2] == 'D');
+    return !name_end || name_end[2] == 'S' || name_end[2] == 'D';
 }
 
 /* Under the lock. */

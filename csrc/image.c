@@ -214,6 +214,16 @@ int image_settle(fl_image *image, fl_error *error)
     return image->ops->settle ? image->ops->settle(image, error) : image_flush(image, error);
 }
 
+int image_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error)
+{
+    return image->ops->bitmap_load ? image->ops->bitmap_load(image, index, bitmap, error) : -ENOENT;
+}
+
+int image_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error)
+{
+    return image->writable && image->ops->bitmap_store ? image->ops->bitmap_store(image, list, count, error) : 0;
+}
+
 int image_flush(fl_image *image, fl_error *error)
 {
     return image->writable ? image->ops->flush(image, error) : 0;

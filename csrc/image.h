@@ -10,7 +10,17 @@
 
 #include <sys/uio.h>
 
+#include "bitmap.h"
 #include "gate.h"
+
+/* A dirty bitmap that is in the file, for the formats that have such. */
+struct image_bitmap {
+    char name[256];
+    uint64_t granularity;
+    bool enabled;                       /* it is to record */
+    bool good;                          /* else it can't be trusted, or used, and has no bits and perhaps no name */
+    struct bitmap bits;
+};
 
 struct image_ops {
     const char *format;
@@ -40,6 +50,11 @@ struct image_ops {
     int (*descriptor)(fl_image *image);
     /* Flush, and write all that closing would still write: until the next change through the image its file does not change. NULL: flush does that. */
     int (*settle)(fl_image *image, fl_error *error);
+    /* The index'th dirty bitmap of the file, whose bits the caller destroys then. -ENOENT: there are no more. NULL: the format has none. */
+    int (*bitmap_load)(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error);
+    /* From now until the next change of the image these are its dirty bitmaps, and no others. All that was written before is durable then. Nothing,
+       where the image can't have any. */
+    int (*bitmap_store)(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error);
     /* What must still be written when the last reference goes; may fail (close() reports it when that reference was its own). Not called
        in a forked child. NULL: nothing. */
     int (*sync_close)(fl_image *image, fl_error *error);
@@ -98,6 +113,8 @@ static inline uint64_t image_ends_at(fl_image *image)
 }
 
 int image_settle(fl_image *image, fl_error *error);
+int image_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error);
+int image_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error);
 
 static inline int image_descriptor(fl_image *image)
 {

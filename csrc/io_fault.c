@@ -277,6 +277,16 @@ static int faulty_settle(fl_image *image, fl_error *error)
     return rc ? rc : image_settle(((struct faulty *)image)->inner, error);
 }
 
+static int faulty_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error)
+{
+    return image_bitmap_load(((struct faulty *)image)->inner, index, bitmap, error);
+}
+
+static int faulty_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error)
+{
+    return image_bitmap_store(((struct faulty *)image)->inner, list, count, error);
+}
+
 static int faulty_descriptor(fl_image *image)
 {
     return image_descriptor(((struct faulty *)image)->inner);
@@ -316,7 +326,8 @@ static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
     .write_compressed = faulty_write_compressed, .info = faulty_info, .extents = faulty_extents, .allocated = faulty_allocated,
-    .ends_at = faulty_ends_at, .descriptor = faulty_descriptor, .settle = faulty_settle, .destroy = faulty_destroy,
+    .ends_at = faulty_ends_at, .descriptor = faulty_descriptor, .settle = faulty_settle,
+    .bitmap_load = faulty_bitmap_load, .bitmap_store = faulty_bitmap_store, .destroy = faulty_destroy,
 };
 
 int faulty_new(fl_image *inner, fl_image **image, fl_error *error)

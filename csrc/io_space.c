@@ -169,13 +169,13 @@ uint64_t io_allocated(struct io *io)
 
 /* ---- extents ---- */
 
-/* The extent at `at`, of which *end is the end: enum fl_kind or -code. */
-static int extent_at(struct io *io, uint64_t at, uint64_t limit, uint64_t *end, fl_error *error)
+/* The extent at `at`, of which *end is the end: enum fl_kind or -code. `data_here`: a hole was just found to end there. */
+static int extent_at(struct io *io, uint64_t at, uint64_t limit, bool data_here, uint64_t *end, fl_error *error)
 {
     *end = limit;
     if (io->device)
         return FL_DATA;
-    off_t data = lseek(io->fd, (off_t)at, SEEK_DATA);
+    off_t data = data_here ? (off_t)at : lseek(io->fd, (off_t)at, SEEK_DATA);
     if (data < 0 && errno == ENXIO) {
         /* no data up to the file's end: a hole, unless the end is not where it was */
         struct stat st;
@@ -195,6 +195,8 @@ static int extent_at(struct io *io, uint64_t at, uint64_t limit, uint64_t *end, 
         return FL_ZERO;
     }
     off_t hole = lseek(io->fd, (off_t)at, SEEK_HOLE);
+    if (hole <= data && data_here)
+        return extent_at(io, at, limit, false, end, error);     /* it was changed meanwhile */
     if (hole > data)                            /* else it was changed meanwhile: all data is never wrong */
         *end = MIN((uint64_t)hole, limit);
     return FL_DATA;
@@ -206,7 +208,7 @@ int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *exten
     uint64_t at = offset, end;
     size_t n = 0;
     while (at < limit) {
-        int kind = extent_at(io, at, limit, &end, error);
+        int kind = extent_at(io, at, limit, n > 0 && extents[n - 1].kind == FL_ZERO, &end, error);
         if (kind < 0)
             return kind;
         if (n > 0 && extents[n - 1].kind == kind)

@@ -17,7 +17,6 @@ static const char *const reasons[REASONS] = {
     [REASON_DAMAGED] = "its bits are damaged",
     [REASON_COPIED] = "the file of the bitmaps is a copy, made while they were in use",
     [REASON_UNFINISHED] = "the program ended while it was being added or cleared",
-    [REASON_FORMAT] = "the program that used it last did not close it",
 };
 
 const char *sidecar_reason(uint32_t reason)
@@ -42,7 +41,7 @@ uint32_t sidecar_crc(uint32_t crc, const void *data, size_t length)
     return ~crc;
 }
 
-uint64_t sidecar_area_bytes(uint64_t bits) { return align_up(bitmap_bytes(bits), SIDECAR_ALIGNMENT); }
+uint64_t sidecar_area_bytes(uint64_t bits) { return align_up(bitmap_memory(bits), SIDECAR_ALIGNMENT); }
 
 /* ---- numbers, little-endian ---- */
 

@@ -24,8 +24,7 @@ enum sidecar_state { SIDECAR_CLEAN, SIDECAR_IN_USE };
 
 /* Why a bitmap can't be trusted. Numbers of the format. */
 enum sidecar_reason {
-    REASON_NONE, REASON_CRASH, REASON_WRITTEN, REASON_RESIZED, REASON_OTHER_DISK, REASON_STORAGE, REASON_DAMAGED, REASON_COPIED, REASON_UNFINISHED,
-    REASON_FORMAT, REASONS
+    REASON_NONE, REASON_CRASH, REASON_WRITTEN, REASON_RESIZED, REASON_OTHER_DISK, REASON_STORAGE, REASON_DAMAGED, REASON_COPIED, REASON_UNFINISHED, REASONS
 };
 const char *sidecar_reason(uint32_t reason);    /* a sentence's end for people; never NULL */
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import random
 import stat
@@ -140,6 +141,11 @@ def make_ext(image: Path, tree: Path | None, *options: str, size: int = 64 * MIB
         file.truncate(size)
     fill = ["-d", os.fspath(tree)] if tree is not None else []
     run("mke2fs", "-q", "-F", *options, *fill, image)
+
+
+def require_tsk() -> None:
+    if importlib.util.find_spec("pytsk3") is None:
+        missing("pytsk3")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import files_kit
 import pytest
 from conftest import MIB, missing, require, run
-from files_kit import BAD_NAME, assert_same, grow, inside, make_ext, mounted, on_disk, power_failure
+from files_kit import BAD_NAME, assert_same, grow, inside, make_ext, mounted, on_disk, power_failure, require_tsk
 
 import pyfleece
 
@@ -145,6 +145,7 @@ def test_xfs_that_mkfs_filled_is_read(tmp_path, options):
 def test_fat_is_read(tmp_path, bits, size):
     """Names in UTF-16; times of two seconds, which are local time and taken as UTC."""
     require("mkfs.vfat", "mcopy")
+    require_tsk()
     tree, image = tmp_path / "tree", tmp_path / "vm.raw"
     tree.mkdir()
     grow(tree, files=50, special=False)
@@ -165,6 +166,7 @@ def test_fat_is_read(tmp_path, bits, size):
 
 def test_ntfs_is_read(tmp_path):
     require("mkntfs", "ntfs-3g", "setfattr")
+    require_tsk()
     if not os.path.exists("/dev/fuse"):
         missing("FUSE")
     image = tmp_path / "vm.raw"
@@ -192,6 +194,7 @@ def test_ntfs_is_read(tmp_path):
 
 def test_exfat_is_read(tmp_path, loop_device):
     require("mkfs.exfat", "mount.exfat-fuse")
+    require_tsk()
     image = tmp_path / "vm.raw"
     with image.open("wb") as file:
         file.truncate(64 * MIB)
@@ -209,6 +212,7 @@ def test_exfat_is_read(tmp_path, loop_device):
 def test_iso_9660_is_read(tmp_path):
     """Names and contents; The Sleuth Kit gives no times and modes."""
     require("genisoimage")
+    require_tsk()
     tree, image = tmp_path / "tree", tmp_path / "cd.iso"
     tree.mkdir()
     grow(tree, files=30, special=False)

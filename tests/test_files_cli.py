@@ -64,6 +64,8 @@ def test_ls_lists_names(image, tree):
     assert sorted(out.splitlines()) == sorted([*os.listdir(os.fsencode(tree)), b"lost+found"])
     assert err == ""
     assert pyfleece("ls", image, "/holes", "/dir0")[0].startswith(b"/holes\n/dir0:\n")
+    assert pyfleece("ls", image, "/link")[0] == b"/link\n"
+    assert pyfleece("ls", "-l", image, "/link")[0].endswith(b" /link -> holes\n")
     assert pyfleece("ls", image, b"/" + BAD_NAME)[0] == b"/" + BAD_NAME + b"\n"
 
 

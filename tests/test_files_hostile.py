@@ -14,7 +14,7 @@ from pathlib import Path
 import files_kit
 import pytest
 from conftest import MIB, missing, require, run
-from files_kit import make_ext, mounted, power_failure
+from files_kit import make_ext, mounted, power_failure, require_tsk
 
 import pyfleece
 from pyfleece.filesystems import tsk
@@ -357,6 +357,7 @@ def test_noise_in_partition_tables(tmp_path, place):
 def test_noise_in_what_the_sleuth_kit_reads(small_tree, tmp_path, place, kind):
     """It may crash; that is an error like others, and we live."""
     require("mkfs.vfat", "mcopy", "mkntfs", "ntfscp")
+    require_tsk()
     image = tmp_path / "vm.raw"
     with image.open("wb") as file:
         file.truncate(24 * MIB)
@@ -399,6 +400,7 @@ def test_noise_in_xfs(small_tree, tmp_path, place, loop_device, unmounted):
 @pytest.fixture
 def fat(tmp_path) -> Path:
     require("mkfs.vfat", "mcopy")
+    require_tsk()
     image = tmp_path / "fat.raw"
     with image.open("wb") as file:
         file.truncate(8 * MIB)

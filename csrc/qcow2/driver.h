@@ -162,6 +162,13 @@ int qcow2_prepare(struct qcow2 *q, fl_error *error);
 int qcow2_corrupt(struct qcow2 *q, uint64_t guest, fl_error *error, const char *format, ...) __attribute__((format(printf, 4, 5)));
 void qcow2_break(struct qcow2 *q, const fl_error *why);
 
+/* ---- bitmap_store.c: see image.h ---- */
+
+int qcow2_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error);
+int qcow2_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error);
+/* Add the clusters of the bitmaps that the header says are there, as far as they can be found out. */
+void bitmap_store_clusters(struct qcow2 *q, const struct header *header, struct runs *runs);
+
 /* ---- cache.c ---- */
 
 int cache_init(struct qcow2 *q, uint64_t bytes);
@@ -211,7 +218,8 @@ void alloc_close_area(struct qcow2 *q);
 
 /* All that was changed and written before the call is durable when it returns 0. */
 int commit(struct qcow2 *q, fl_error *error);
-/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a commit. */
+/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a
+   commit, which runs in the background as long as that keeps up. */
 int commit_if_due(struct qcow2 *q, fl_error *error);
 int commit_all(struct qcow2 *q, fl_error *error);       /* nothing is left to do, and no thread of ours is left: for closing */
 

@@ -115,7 +115,8 @@ int qcow2_grow(fl_image *image, uint64_t size, fl_error *error)
                     (unsigned long long)size, (unsigned long long)q->cluster_size,
                     (unsigned long long)((MAX_L1_BYTES / 8 * q->cluster_size) << q->l2_bits));
     if (q->header.snapshot_count && q->header.version < 3)
-        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: its snapshots do not say how large the disk was (version 2)", image->name);
+        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: its snapshots do not say how large the disk was (version 2)",
+                    image->name);
     int rc = qcow2_prepare(q, error);
     if (rc == 0)
         rc = commit(q, error);

@@ -52,8 +52,10 @@ static int clear_autoclear(struct qcow2 *q, fl_error *error)
     pthread_mutex_lock(&q->lock);
     struct header header = q->header;
     pthread_mutex_unlock(&q->lock);
+    struct runs runs = { 0 };
     if (header.autoclear == 0)
         return 0;
+    bitmap_store_clusters(q, &header, &runs);
     header.autoclear = 0;
     header.bitmap_count = 0;
     int rc = header_write(&q->io, &header, error);
@@ -63,8 +65,14 @@ static int clear_autoclear(struct qcow2 *q, fl_error *error)
         pthread_mutex_lock(&q->lock);
         q->header.autoclear = 0;
         q->header.bitmap_count = 0;
+        if (runs.count && freed_reserve(q, runs.count) == 0) {  /* no memory: they leak */
+            for (size_t i = 0; i < runs.count; i++)
+                freed_add(q, runs.run[i].first, runs.run[i].count);
+            q->must_commit = true;
+        }
         pthread_mutex_unlock(&q->lock);
     }
+    free(runs.run);
     return rc;
 }
 
@@ -183,7 +191,8 @@ static const struct image_ops qcow2_ops = {
     .readv = qcow2_readv, .writev = qcow2_writev, .zero = qcow2_zero, .discard = qcow2_discard, .flush = qcow2_flush,
     .extents = map_extents, .allocated = qcow2_allocated, .map = map_map, .write_compressed = qcow2_write_compressed, .grow = qcow2_grow,
     .info = qcow2_info, .snapshots = qcow2_snapshots, .bitmaps = qcow2_bitmaps,
-    .ends_at = qcow2_ends_at, .descriptor = qcow2_descriptor, .settle = qcow2_settle, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
+    .ends_at = qcow2_ends_at, .descriptor = qcow2_descriptor, .settle = qcow2_settle,
+    .bitmap_load = qcow2_bitmap_load, .bitmap_store = qcow2_bitmap_store, .sync_close = qcow2_sync_close, .destroy = qcow2_destroy,
 };
 
 /* ---- opening ---- */
@@ -219,8 +228,8 @@ static int repair_dirty(struct qcow2 *q, fl_error *error)
         return no_memory(q, error);
     int rc = check_file(&q->io, &q->header, FL_REPAIR_ALL, result, error);
     if (rc == 0 && (result->corruptions || result->check_errors || q->header.incompatible & INCOMPAT_DIRTY))
-        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and cannot be repaired: %llu corruptions are left; it can be "
-                  "opened for reading", q->image.name, (unsigned long long)result->corruptions);
+        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and cannot be repaired: %llu corruptions are left; it "
+                  "can be opened for reading", q->image.name, (unsigned long long)result->corruptions);
     free(result);
     return rc;
 }
@@ -229,8 +238,8 @@ static int repair_dirty(struct qcow2 *q, fl_error *error)
 static int check_writable(struct qcow2 *q, fl_error *error)
 {
     if (q->header.incompatible & INCOMPAT_CORRUPT)
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is marked as corrupt and cannot be opened for writing: repair it first, or open it "
-                    "for reading", q->image.name);
+        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is marked as corrupt and cannot be opened for writing: repair it first, or "
+                    "open it for reading", q->image.name);
     return q->header.incompatible & INCOMPAT_DIRTY ? repair_dirty(q, error) : 0;
 }
 

@@ -10,6 +10,7 @@
  *   refcount.c, allocate.c, free.c, area.c: who has which cluster of the file  map.c, extents.c  guest offset -> what is there; set entries
  *   commit.c      the one way by which metadata gets into the file             write.c      allocating writes and copy-on-write
  *   qcow2.c       opening, closing, image_ops   <- start reading here          discard.c    zero and discard
+ *   bitmap_store.c  the bits of dirty bitmaps, between opening and closing
  *
  * The order of writes, and what makes it right at a crash:
  *   Q1 L2 entries and refcounts change in the caches only. commit() is the only writer of metadata; it takes copies of all that is dirty at one

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyfleece
 from pyfleece.chain import Repository, split
-from pyfleece.commands.kit import AS_JSON, COMMON, IMAGE, Failure, open_image, print_array, say
+from pyfleece.commands.kit import AS_JSON, COMMON, IMAGE, Failure, open_image, print_array, printable, say
 from pyfleece.errors import Error
 from pyfleece.files import FileEntry, Files, Volume
 from pyfleece.progress import human
@@ -95,7 +95,7 @@ class _Session:
 
     def problem(self, path: str, why: str) -> None:
         self.failed = True
-        say(printable(why if path in why else f"{path}: {why}"))
+        say(why if path in why else f"{path}: {why}")
 
 
 # ---- ls ----
@@ -109,43 +109,39 @@ def _ls(args: argparse.Namespace) -> int:
                 raise Failure("--volumes goes without a PATH")
             _list_volumes(files, args.json)
             return 0
-        listed = _listed(session, args.paths or ["/"], args.recursive)
+        listed = _listed(session, args.paths or ["/"], args)
         if args.json:
-            print_array(_as_dict(entry) for _, entry in listed)
+            print_array(_as_dict(entry) for _, _, entry in listed)
         else:
             _print_entries(listed, args)
         return int(session.failed)
 
 
-def _listed(session: _Session, paths: list[str], recursive: bool) -> Iterator[tuple[FileEntry, FileEntry]]:
-    """What was asked for, and what is listed because of it."""
+def _listed(
+    session: _Session, paths: list[str], args: argparse.Namespace
+) -> Iterator[tuple[str | None, str, FileEntry]]:
+    """What is listed: the directory that it is in, where that was asked for; what it is called; and what it is."""
     for path in paths:
-        top = session.files.stat(path)
+        top = session.files.stat(path, follow=not args.long)
         if not top.stat.is_directory:
-            yield top, top
-        elif recursive:
-            for entry in session.files.walk(path if path.endswith("/") else path + "/", on_error=_told(session)):
-                yield top, entry
+            yield None, path, top
+        elif args.recursive:
+            for entry in session.files.walk(top.path, on_error=lambda path, error: session.problem(path, str(error))):
+                yield None, entry.path, entry
         else:
             for name, child in session.files.entries(top):
                 if isinstance(child, Error):
                     session.problem(os.fsdecode(name), str(child))
                 else:
-                    yield top, child
+                    yield path, child.name, child
 
 
-def _told(session: _Session) -> Any:
-    return lambda path, error: session.problem(path, str(error))
-
-
-def _print_entries(listed: Iterable[tuple[FileEntry, FileEntry]], args: argparse.Namespace) -> None:
+def _print_entries(listed: Iterable[tuple[str | None, str, FileEntry]], args: argparse.Namespace) -> None:
     last = None
-    for top, entry in listed:
-        inside = top is not entry and not args.recursive
-        if inside and len(args.paths) > 1 and top is not last:
-            _print_line(f"{top.path}:")
-        last = top
-        name = entry.name if inside else entry.path
+    for directory, name, entry in listed:
+        if directory is not None and directory != last and len(args.paths) > 1:
+            _print_line(f"{directory}:")
+        last = directory
         _print_line(_long(entry, name) if args.long else name)
 
 
@@ -240,12 +236,7 @@ def _cp(args: argparse.Namespace) -> int:
         return int(bool(result.failed))
 
 
-# ---- names ----
-
-
-def printable(text: str) -> str:
-    """For a terminal, which a name could otherwise send commands to."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+# ---- output ----
 
 
 def _print_line(text: str) -> None:

@@ -117,9 +117,14 @@ def print_array(items: Iterable[dict[str, Any]]) -> None:
     print("[]" if separator == "[" else "]")
 
 
+def printable(text: str) -> str:
+    """For a terminal, which the names in an image could otherwise send commands to."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def say(text: str) -> None:
     try:
         clear = "\r\033[K" if sys.stderr.isatty() else ""       # a progress bar may be on this line
-        print(f"{clear}pyfleece: {text}", file=sys.stderr, flush=True)
+        print(f"{clear}pyfleece: {printable(text)}", file=sys.stderr, flush=True)
     except (OSError, AttributeError):
         pass                                    # nobody listens: it is full, or closed and so None
