@@ -312,6 +312,7 @@ static int grow_table(struct qcow2 *q, uint64_t blocks, fl_error *error)
         freed_add(q, q->header.reftable_offset >> q->cluster_bits, q->header.reftable_clusters);
         q->header.reftable_offset = place.first << q->cluster_bits;
         q->header.reftable_clusters = (uint32_t)clusters;
+        tables_moved(q);
         q->header_dirty = q->must_commit = true;
     }
     pthread_mutex_unlock(&q->lock);

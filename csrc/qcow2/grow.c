@@ -72,6 +72,7 @@ static int move_l1(struct qcow2 *q, uint64_t entries, fl_error *error)
     struct bitmap old_dirty = q->l1_dirty;
     q->l1 = l1;
     q->l1_dirty = dirty;
+    tables_moved(q);
     pthread_mutex_unlock(&q->lock);
     l1 = old;
     dirty = old_dirty;

@@ -297,6 +297,7 @@ static int set_up(struct qcow2 *q, const char *path, const fl_image_options *opt
     q->image.direct = q->io.direct_fd >= 0;
     if (cache_init(q, options->cache_size) < 0)
         return no_memory(q, error);
+    tables_moved(q);
     rc = read_l1(q, error);
     if (rc == 0 && q->io.writable)
         rc = refcount_init(q, error);
