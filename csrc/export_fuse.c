@@ -184,6 +184,8 @@ int fl_mount_close(fl_mount *mount, fl_error *error)
     tree_end(mount);            /* guest writes that wait for room in a stage go on */
     pool_stop(mount, now_ns() + CLOSE_GRACE_NS);
     tree_end(mount);            /* what came in meanwhile */
+    if (mount->session)         /* libfuse need not tell that the late answer of a thread that was given up went nowhere */
+        fuse_session_exit(mount->session);
     abort_connection(mount);
     gate_shut(&mount->gate);
     pthread_mutex_lock(&mount->lock);

@@ -7,7 +7,7 @@
  * How many. From a page cache, one thread answers faster than several, which wake each other up and share the processors with the guest;
  * where requests wait for storage, there can't be enough. So the pool keeps as many threads able to run as half of the processors: its own
  * thread looks every 2 ms while there is something to do, and when requests wait, nobody is there to take them, and threads are blocked, it adds
- * as many. Who is not needed for a second ends.
+ * as many. When some were not needed for a second, half of those end.
  */
 #define _GNU_SOURCE
 #ifdef FLEECE_FUSE
@@ -25,7 +25,7 @@
 
 #define TICK_NS 2000000u
 #define SHORT_TICKS 2u                  /* that many looks in a row found too few threads able to run: more are added */
-#define IDLE_TICKS 500u                 /* that many looks in a row found two threads without work: one ends */
+#define IDLE_TICKS 500u                 /* that many looks in a row found two threads or more without work: half of them end */
 #define REQUEST_HEADER 80               /* bytes before the data of a write: struct fuse_in_header and struct fuse_write_in */
 #define REQUEST_SIZE (LARGEST_IO + 4096)        /* libfuse's own figure: its header space and the largest write */
 #define MEMORY_SIZE (REQUEST_SIZE + 8192)
@@ -171,7 +171,7 @@ static bool add_worker(fl_mount *mount)
 
 /* ---- the pool's own thread ---- */
 
-/* Does the thread wait for something other than a processor? */
+/* Does the thread wait for something other than a processor? Yes, if nobody tells. */
 static bool is_blocked(pid_t thread)
 {
     char path[64], text[512];
@@ -182,7 +182,7 @@ static bool is_blocked(pid_t thread)
         close(fd);
     text[MAX(length, 0)] = 0;
     const char *name_end = strrchr(text, ')');
-    return name_end && name_end[1] == ' ' && (name_end[2] == 'S' || name_end[2] == 'D');
+    return !name_end || name_end[2] == 'S' || name_end[2] == 'D';
 }
 
 /* Under the lock. */
@@ -235,7 +235,7 @@ static void *pool_body(void *argument)
         idle = reading >= 2 ? idle + 1 : 0;
         if (idle == IDLE_TICKS) {
             idle = 0;
-            atomic_store(&mount->surplus, 1);
+            atomic_store(&mount->surplus, reading / 2);
         }
         if (requests == served && reading)
             sleep_until_served(mount, served);

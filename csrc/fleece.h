@@ -425,7 +425,7 @@ void fl_backup_free(fl_backup *job);
 typedef struct fl_mount fl_mount;
 
 typedef struct fl_mount_options {
-    uint32_t threads;           /* 1 to 256; 0: the default. Requests that are worked on at once */
+    uint32_t threads;           /* 1 to 256; 0: the default. The most requests that are worked on at once */
     int allow_other;            /* other users may use it, as far as the files' modes let them */
 } fl_mount_options;
 

@@ -99,6 +99,65 @@ class Point:
             raise FormatError("a raw image can't be an overlay")
 
 
+@dataclass
+class Addition:
+    """A point that is being added to a directory of backups. See `Repository.adding`."""
+
+    repository: Repository
+    disk: Disk
+    parent: Point | None
+    reason: str             # why it is going to be a full one; else ""
+    uuid: str
+    sequence: int
+    bitmap: str             # that records what the next one needs
+    granularity: int
+    full_format: str
+    compress: bool | str
+
+    @property
+    def since(self) -> str | None:
+        """The dirty bitmap to cut with; None: a full snapshot."""
+        return self.parent.bitmap if self.parent else None
+
+    def begin(self) -> tuple[str, dict[str, Any]]:
+        """After the cut: the target for `Backup`, and the options that it needs."""
+        self._time = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._name = f"{self.sequence:06d}-{re.sub('[-:]', '', self._time)}"
+        self._format = "qcow2" if self.parent else self.full_format
+        self._collector = digests.Collector(digests.best_algorithm())
+        return self.repository._path(f"{self._name}.{self._format}"), {
+            "format": self._format,
+            "compress": self.compress if self._format == "qcow2" else False,
+            "backing": self.parent.image if self.parent else None,
+            "backing_format": self.parent.format if self.parent else None,
+            "skip_lost": False,
+            "on_piece": self._collector,
+        }
+
+    def finish(self, result: Result) -> Point:
+        """The image is complete: make it a point."""
+        point = Point(
+            version=1,
+            uuid=self.uuid,
+            sequence=self.sequence,
+            time=self._time,
+            kind="incremental" if self.parent else "full",
+            reason=self.reason,
+            parent=self.parent.uuid if self.parent else None,
+            source=self.disk.source.name,
+            size=self.disk.size,
+            image=f"{self._name}.{self._format}",
+            format=self._format,
+            bitmap=self.bitmap,
+            granularity=self.granularity,
+            data_bytes=result.data_bytes,
+            zero_bytes=result.zero_bytes,
+            **self.repository._write_digests(self._name, self._collector),
+        )
+        self.repository._publish_point(point)
+        return point
+
+
 @dataclass(frozen=True)
 class Damage:
     """What a verification found wrong with a point."""
@@ -215,6 +274,38 @@ class Repository:
         `tell` is called with a sentence when it is going to be a full backup although an incremental was wanted.
         `snapshot`: options of `Disk.snapshot`.
         """
+        with self.adding(
+            disk,
+            incremental=incremental,
+            format=format,
+            compress=compress,
+            granularity=granularity,
+            persistent=persistent,
+            write_intent=write_intent,
+        ) as addition:
+            if tell is not None and incremental and addition.parent is None:
+                tell(addition.reason)
+            with disk.snapshot(bitmap=addition.since, **snapshot) as cut:
+                path, options = addition.begin()
+                result = backup(cut, path, workers=workers, speed=speed, progress=progress, **options)
+                point = addition.finish(result)
+        return point, result
+
+    @contextmanager
+    def adding(
+        self,
+        disk: Disk,
+        *,
+        incremental: bool = True,
+        format: str = "qcow2",
+        compress: bool | str = False,
+        granularity: int = 65536,
+        persistent: bool | None = None,
+        write_intent: bool = False,
+    ) -> Iterator[Addition]:
+        """The parts of `backup`, for those who cut several disks at once: enter before the cut, and leave, by the
+        exception if there is one, when `Addition.finish` was called and the snapshot is closed.
+        """
         if format not in _FORMATS:
             raise invalid(f"format is {format!r}; it can be {', '.join(_FORMATS)}")
         if persistent is None:
@@ -223,57 +314,16 @@ class Repository:
             points = self.points
             self._tidy(points)
             parent, reason = self._parent(disk, points) if incremental else (None, "asked for")
-            if tell is not None and incremental and parent is None:
-                tell(reason)
             new = str(uuid.uuid4())
             sequence = points[-1].sequence + 1 if points else 1
             bitmap = self._bitmap_prefix + new
             disk.bitmaps.add(bitmap, granularity, persistent=persistent, write_intent=persistent and write_intent)
             try:
-                old = parent.bitmap if parent else None
-                with disk.snapshot(bitmap=old, **snapshot) as cut:
-                    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                    kind = "incremental" if parent else "full"
-                    name = f"{sequence:06d}-{re.sub('[-:]', '', stamp)}"
-                    image = f"{name}.{'qcow2' if parent else format}"
-                    collector = digests.Collector(digests.best_algorithm())
-                    result = backup(
-                        cut,
-                        self._path(image),
-                        format="qcow2" if parent else format,
-                        compress=compress if parent or format == "qcow2" else False,
-                        backing=parent.image if parent else None,
-                        backing_format=parent.format if parent else None,
-                        skip_lost=False,
-                        workers=workers,
-                        speed=speed,
-                        progress=progress,
-                        on_piece=collector,
-                    )
-                    point = Point(
-                        version=1,
-                        uuid=new,
-                        sequence=sequence,
-                        time=stamp,
-                        kind=kind,
-                        reason=reason,
-                        parent=parent.uuid if parent else None,
-                        source=disk.source.name,
-                        size=disk.size,
-                        image=image,
-                        format="qcow2" if parent else format,
-                        bitmap=bitmap,
-                        granularity=granularity,
-                        data_bytes=result.data_bytes,
-                        zero_bytes=result.zero_bytes,
-                        **self._write_digests(name, collector),
-                    )
-                    self._publish_point(point)
+                yield Addition(self, disk, parent, reason, new, sequence, bitmap, granularity, format, compress)
             except BaseException:
                 disk.bitmaps.remove(bitmap)
                 raise
             self._remove_bitmaps(disk, keep=bitmap)
-        return point, result
 
     def _parent(self, disk: Disk, points: list[Point]) -> tuple[Point | None, str]:
         """The point that an incremental can be made on; or None, and why not."""

@@ -5,7 +5,7 @@
     MOUNT/.snap/NAME/vm.raw         the state at the cut
     MOUNT/.snap/NAME/vm.changed     of an incremental: the same, but everything outside of the bitmap is a hole
 
-See docs/serving.md for what each file can do. The files are served by threads in C that never need Python; only a
+See docs/mount.md for what each file can do. The files are served by threads in C that never need Python; only a
 mkdir, a rmdir and reports of errors come here.
 """
 
@@ -334,7 +334,8 @@ def mount(
     stage_size, fleecing_dir, fleecing (also a dict by the disk's name).
     `bitmaps`: for cuts: by the disk's name, the dirty bitmap that makes an incremental.
     `freeze`, `thaw`, `freeze_timeout`: around every cut, as in `snapshot_group`.
-    `threads`: how many requests are worked on at the same time. None: 16.
+    `threads`: how many requests are worked on at the same time, at most. None: 64. There are fewer threads while they
+    are not blocked in storage.
     `allow_other`: other users may use it (as far as the files' modes allow). For others than root, /etc/fuse.conf
     must allow that.
     `on_error`: called in a thread of its own for what failed; repetitions are left out. None: they are logged as

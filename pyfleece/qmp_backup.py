@@ -14,11 +14,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from pyfleece import image as _image
 from pyfleece.backup import Backup, _end_all, _publish_all
+from pyfleece.chain import Addition
 from pyfleece.errors import CancelledError, ClosedError, Error, SnapshotBrokenError, describe
 from pyfleece.group import SnapshotGroup
 from pyfleece.image import Image
@@ -45,7 +47,11 @@ def broken_event(name: str, snapshot: str, error: SnapshotBrokenError) -> tuple[
 
 
 class Run:
-    """One backup. It owns `group` from now on, also when this raises, and closes it in the end."""
+    """One backup. It owns `group` from now on, also when this raises, and closes it in the end.
+
+    `additions`: of disks whose backup becomes a point in a directory of backups. `points` has them entered, and is left
+    in the end, too. `keep`: how many points stay, the newest ones; None: all.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,9 @@ class Run:
         workers: int | None,
         format: str | None,
         compress: bool | str,
+        additions: Mapping[str, Addition],
+        points: ExitStack,
+        keep: int | None,
         emit: Emit,
         on_end: Callable[[Run], None],
     ) -> None:
@@ -76,22 +85,23 @@ class Run:
         self._reported: set[str] = set()        # names of disks whose snapshot is known to be broken
         self.jobs: dict[str, Backup] = {}
         self._images: list[Image] = []          # targets that are written in place
+        self._additions = dict(additions)
+        self._points = points
+        self._keep = keep
+        self._prune_problem = ""                # of a backup that is good all the same
         try:
             for part, snapshot in zip(parts, group):
-                target = self._open(part.target, format) if part.in_place else part.target
-                job = Backup(
-                    snapshot,
-                    target,
-                    workers=workers,
-                    speed=speed or None,
-                    format=None if part.in_place else format,
-                    compress=compress,
-                )
+                options: dict[str, Any] = {"format": None if part.in_place else format, "compress": compress}
+                target: str | Image = self._open(part.target, format) if part.in_place else part.target
+                if part.name in additions:
+                    target, options = additions[part.name].begin()
+                job = Backup(snapshot, target, workers=workers, speed=speed or None, **options)
                 job._publishes = False          # we do it, when all of them are sealed
                 self.jobs[part.name] = job
             for job in self.jobs.values():
                 job.start()
         except BaseException as error:
+            self._failure = error
             self._close_all(error)
             raise
 
@@ -139,6 +149,7 @@ class Run:
                     "zero-bytes": part.zero_bytes,
                     "lost-bytes": part.lost_bytes,
                     "fleecing-bytes": part.fleecing_bytes,
+                    **self._kind(name),
                 }
                 for name, part in parts.items()
             ],
@@ -147,7 +158,16 @@ class Run:
             told["end-time"] = int(self.ended)
         if self._failure is not None:
             told["errmsg"] = self._message
+        if self._prune_problem:
+            told["prune-errmsg"] = self._prune_problem
         return told
+
+    def _kind(self, name: str) -> dict[str, str]:
+        """Of a disk whose backup becomes a point: is it an incremental, and if not, why."""
+        addition = self._additions.get(name)
+        if addition is None:
+            return {}
+        return {"kind": "incremental"} if addition.parent else {"kind": "full", "reason": addition.reason}
 
     def job_info(self, name: str) -> dict[str, Any]:
         """For `query-block-jobs`."""
@@ -191,6 +211,8 @@ class Run:
                 self._wait(failed)
                 self._enter(self.jobs, "pending")
                 _publish_all(jobs)
+                for name, addition in self._additions.items():
+                    addition.finish(self.jobs[name].wait())
                 for snapshot in self._group:
                     snapshot.commit()
             except BaseException as error:
@@ -200,6 +222,8 @@ class Run:
             self._look_for_broken()
         finally:
             self._close_all(self._failure)
+        if self._failure is None and self._keep is not None:
+            self._prune(self._keep)
         self.ended = time.time()
         self._tell_end(failed)
 
@@ -273,12 +297,24 @@ class Run:
             lambda: _end_all(list(self.jobs.values()), error),
             self._group.close,
             self._close_images,
+            self._leave_points,
         )
         for step in steps:
             try:
                 step()
             except Exception:
                 pass
+
+    def _leave_points(self) -> None:
+        failure = self._failure
+        self._points.__exit__(type(failure) if failure is not None else None, failure, None)
+
+    def _prune(self, keep: int) -> None:
+        for addition in self._additions.values():
+            try:
+                addition.repository.prune(keep)
+            except Exception as error:
+                self._prune_problem = describe(error)
 
     def _close_images(self) -> None:
         for image in self._images:

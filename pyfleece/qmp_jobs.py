@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from pyfleece.chain import Addition, Repository
 from pyfleece.group import OK, SKIPPED, snapshot_group
 from pyfleece.image import new_format
 from pyfleece.qmp_backup import Emit, Part, Run
@@ -52,6 +53,8 @@ class Jobs:
             "*bitmap": "str",
             "*bitmap-mode": "str",
             "*mode": "str",
+            "*incremental": "bool",
+            "*keep": "int",
         }
         commands.add("backup", self.backup, wanted)
         commands.add("backup-cancel", self.cancel, {"*uuid": "str"})
@@ -100,6 +103,8 @@ class Jobs:
         bitmap: str | None = None,
         bitmap_mode: str = "on-success",
         mode: str = _NEW,
+        incremental: bool = False,
+        keep: int | None = None,
     ) -> dict[str, Any]:
         """Cut, and start to copy. Returns when the jobs run."""
         names = self._names(devlist)
@@ -109,17 +114,32 @@ class Jobs:
             raise QmpError(f"Parameter 'max-workers' expects a value of 1 or more, not {max_workers}")
         _check_word("bitmap-mode", bitmap_mode, tuple(BITMAP_MODES))
         _check_word("mode", mode, (_NEW, _EXISTING))
+        if incremental and (backup_dir is None or bitmap is not None or mode != _NEW):
+            raise QmpError("'incremental' is with 'backup-dir', and without 'bitmap' and 'mode'")
+        if keep is not None and (keep < 1 or not incremental):
+            raise QmpError("'keep' is with 'incremental', and a number of points, 1 or more")
         parts = _parts(names, backup_dir, target, format, mode == _EXISTING)
-        self._check_targets(parts)
+        if incremental:
+            parts = [part._replace(target=os.path.splitext(part.target)[0]) for part in parts]
+        self._check_targets(parts, incremental)
         if bitmap is not None:
             self._check_incremental(bitmap, parts)
         with ExitStack() as undo:
             self._take(names)
             undo.callback(self._give_back, names)
+            fleecings = [self._disks.fleecing_for(name, fleecing) for name in names]
+            additions: dict[str, Addition] = {}
+            points = ExitStack()
+            undo.push(points)                   # the Run's, when it is made
+            for part in parts if incremental else ():
+                adding = Repository(part.target, create=True).adding(
+                    self._disks.by_name[part.name], format=format or "qcow2", compress=compress
+                )
+                additions[part.name] = points.enter_context(adding)
             group = snapshot_group(
                 [self._disks.by_name[name] for name in names],
-                [self._disks.fleecing_for(name, fleecing) for name in names],
-                bitmap=bitmap,
+                fleecings,
+                bitmap=[additions[name].since if incremental else bitmap for name in names],
                 bitmap_mode=bitmap_mode,
                 **self._options,
                 **self._hooks,
@@ -132,6 +152,9 @@ class Jobs:
                 workers=max_workers,
                 format=format,
                 compress=compress,
+                additions=additions,
+                points=points,
+                keep=keep,
                 emit=self._emit,
                 on_end=self._end,
             )
@@ -191,13 +214,13 @@ class Jobs:
             raise QmpError(f"Device '{twice[0]}' is in devlist twice")
         return names
 
-    def _check_targets(self, parts: Sequence[Part]) -> None:
+    def _check_targets(self, parts: Sequence[Part], directories: bool) -> None:
         for part in parts:
             try:
                 mode = os.stat(part.target).st_mode
             except FileNotFoundError:
                 mode = stat.S_IFREG
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode) or directories):
                 # Opening a pipe may take forever, and nobody could cancel that.
                 raise QmpError(f"the target {part.target} is neither a file nor a block device")
             if self.avoid is not None and os.path.realpath(part.target).startswith(self.avoid + os.sep):

@@ -35,6 +35,19 @@ def tool(*command: str | os.PathLike[str], expect: Sequence[int] = (0,), timeout
     return output
 
 
+def direct_works(directory: Path) -> bool:
+    """Does this file system know O_DIRECT?"""
+    probe = directory / "probe"
+    probe.touch()
+    try:
+        os.close(os.open(probe, os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        probe.unlink()
+    return True
+
+
 # ---- options ----
 
 
@@ -527,3 +540,20 @@ def blocks(path: Path) -> int:
     """Bytes that the file occupies."""
     os.sync()
     return os.stat(path).st_blocks * 512
+
+
+def make_race_image(path: Path, options: str, backing: bool = False) -> Path:
+    """For tests/c/qcow2_race.c: 32 clusters and a bit, half of them with data, in part shared with a snapshot."""
+    cluster = int(options.partition("cluster_size=")[2].partition(",")[0])
+    size = 32 * cluster + 4 * SECTOR
+    path.unlink(missing_ok=True)
+    extra: list[str] = []
+    if backing:
+        below = path.with_name("below.raw")
+        below.write_bytes(random.Random(1).randbytes(size - 3 * cluster // 2))
+        extra = ["-b", below.name, "-F", "raw"]
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *extra, path, f"{size}")
+    tool("qemu-io", "-f", "qcow2", "-c", f"write -q -P 3 0 {16 * cluster}", path)
+    tool("qemu-img", "snapshot", "-c", "before", path)
+    tool("qemu-io", "-f", "qcow2", "-c", f"write -q -P 4 {12 * cluster} {cluster}", path)
+    return path

@@ -168,9 +168,12 @@ def serving(
         assert ready.wait(30) and any(until in line for line in said), said
         yield process
     finally:
-        if process.poll() is None:
+        process.terminate()                 # so that it unmounts; does nothing to one that has ended
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
             process.kill()
-        process.wait(20)
+            process.wait(20)
         reader.join(20)
         assert process.stderr is not None
         process.stderr.close()

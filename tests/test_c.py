@@ -49,7 +49,7 @@ def test_stress_variants(options: tuple[str, ...], tmp_path: Path) -> None:
     assert happened["bytes_verified"] > 0
 
 
-QCOW2 = ("--source", "qcow2", "--fleecing", "qcow2")
+QCOW2 = ("--source", "qcow2", "--fleecing", "qcow2", "--target", "qcow2")
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

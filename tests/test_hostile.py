@@ -178,9 +178,11 @@ TABLES: dict[str, Callable[[Tables], int]] = {
 }
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", ["L1 table", "its own L2 table", "refcount table", "snapshot table"])
 def test_data_in_a_table(image, table):
-    """A guest that could write there would write its own tables."""
+    """A guest that could write there would write its own tables. (Refcount blocks, and L2 tables that it does not go
+    through, are not noticed when they are written, but by the check: see test_qcow2_check.)
+    """
 
     def change(tables: Tables) -> None:
         tables[tables.entry(MIB)] = TABLES[table](tables) | COPIED

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import threading
@@ -573,6 +574,18 @@ def test_rsync_copies_a_snapshot(served: Served, tmp_path: Path) -> None:
     served.disk.pwrite(b"\xff" * MIB, 0)
     run("rsync", "-aSX", f"{served.snap().parent}/", tmp_path / "copy/")
     assert (tmp_path / "copy" / "vm.raw").read_bytes() == served.data
+
+
+def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path):
+        pass                                    # or skip
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "mount.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "mount.md", "exec"), {})
+    assert (tmp_path / "backup.raw").stat().st_size == 1 << 30
 
 
 # ---- the end ----

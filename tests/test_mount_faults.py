@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MIB, missing, run, wait_for
+from conftest import MIB, missing, own_threads, run, wait_for
 from mount_kit import CLUSTER, Served, attribute, need_mount, opened, punch, serve
 
 import pyfleece
@@ -229,7 +229,7 @@ def test_requests_that_hang_do_not_hold_up_others(tmp_path: Path) -> None:
         readers = [threading.Thread(target=(served.path / "slow.raw").read_bytes) for _ in range(10)]
         for reader in readers:
             reader.start()
-        wait_for(lambda: slow.hanging == len(readers))
+        wait_for(lambda: slow.hanging == len(readers), 20)
         assert (served.path / "fast.raw").read_bytes() == served.content["fast.raw"]
         with opened(served.path / "slow.raw") as fd:
             assert os.pwrite(fd, b"x", 0) == 1
@@ -238,6 +238,32 @@ def test_requests_that_hang_do_not_hold_up_others(tmp_path: Path) -> None:
         slow.clear()
         for reader in readers:
             reader.join()
+        with opened(served.path / "fast.raw") as fd:    # threads that are not needed any more end, while there is work
+            wait_for(lambda: os.pwrite(fd, b"x", 0) and len(own_threads()) <= 5, 40)
+
+
+def kernel_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in os.uname().release.split("-")[0].split(".")[:2])
+
+
+def test_writes_to_one_file_do_not_wait_for_each_other(served: Served) -> None:
+    if kernel_version() < (6, 2):
+        pytest.skip("the kernel sends one write to a file after the other: Linux 6.2 is the first that does not")
+    served.source.hang("write", times=None)
+
+    def write(number: int) -> None:
+        with opened(served.file) as fd:
+            assert os.pwrite(fd, bytes([number]) * 8192, number * 65536) == 8192
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(1, 9)]
+    for writer in writers:
+        writer.start()
+    wait_for(lambda: served.source.hanging == len(writers), 20)
+    served.source.clear()
+    for writer in writers:
+        writer.join()
+    for number in range(1, 9):
+        assert served.disk.pread(8192, number * 65536) == bytes([number]) * 8192
 
 
 def test_a_client_that_dies_in_the_middle_of_a_write(served: Served) -> None:
@@ -404,7 +430,7 @@ def test_a_server_that_is_killed_leaves_no_mount(how: str, tmp_path: Path) -> No
             server.wait()
             with fails(errno.ENOTCONN):
                 os.pread(fd, 1, 0)
-            wait_for(lambda: not busy(tmp_path / "mount"))
+            wait_for(lambda: not busy(tmp_path / "mount"), 20)
     finally:
         server.kill()
         server.wait()

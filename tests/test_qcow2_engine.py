@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import c_programs
 import pytest
 import qcow2_kit as kit
 from conftest import MIB, require, run, wait_for
@@ -329,6 +330,22 @@ def test_discard_beside_a_write_to_the_same_cluster(tmp_path: Path) -> None:
             for offset in range(0, disk.size, cluster):
                 disk.pwrite(os.urandom(cluster), offset)
     check(path)
+
+
+RACES = [("cluster_size=4096", False), ("cluster_size=65536", True), ("compat=0.10,cluster_size=4096", False)]
+
+
+@pytest.mark.parametrize("flavour", c_programs.FLAVOURS)
+@pytest.mark.parametrize(("options", "backing"), RACES)
+def test_many_changes_of_one_cluster_at_once(flavour: str, options: str, backing: bool, tmp_path: Path) -> None:
+    """Writes, discards, zeroing, copy-on-write and, with snapshots, copy-before-write, all of one cluster."""
+    for number, more in enumerate(([], ["--snapshots"])):
+        path = kit.make_race_image(tmp_path / "race.qcow2", options, backing)
+        before = as_qemu_reads(path, "-l", "before")
+        rounds = ["--rounds", "120", "--seed", f"{SEED + number}"]
+        c_programs.run(flavour, "qcow2_race", path, *rounds, *more)
+        check(path)
+        assert as_qemu_reads(path, "-l", "before") == before
 
 
 # ---- a real file system ----

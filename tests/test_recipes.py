@@ -105,8 +105,6 @@ def served(tmp_path) -> Iterator[tuple[Path, bytes]]:
     """A disk that is served, and written by a guest all the time; the mount point, and what the first half of the disk
     holds: a file system, which the guest leaves alone until the first snapshot is there.
     """
-    if importlib.util.find_spec("pyfleece.commands.serve") is None:
-        pytest.skip("this build has no `pyfleece serve`")
     if not os.path.exists("/dev/fuse"):
         missing("FUSE")
     image, mount = tmp_path / "vm.raw", tmp_path / "mnt"

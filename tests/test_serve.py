@@ -319,6 +319,8 @@ def test_commands_of_the_documentation_parse(name):
     assert len(commands) > 2
     for command in commands:
         cli._parser().parse_args(shlex.split(command)[1:])
+    for script in re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL):
+        compile(script, name, "exec")
 
 
 def test_systemd_unit_of_the_documentation(tmp_path):

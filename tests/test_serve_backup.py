@@ -14,6 +14,7 @@ from fuse_kit import fuse_mount, why_not
 from serve_kit import BLOCK, Client, Guest, served_disk
 
 import pyfleece
+from pyfleece.chain import Repository
 from pyfleece.qmp_disks import uses_fleecing
 from pyfleece.serve import Server
 
@@ -338,6 +339,65 @@ def test_incrementals_bring_a_copy_up_to_date(client, disk, tmp_path):
         assert status["total"] == (dirty if turn else status["total"])
         assert Path(copy).read_bytes() == expected
         assert disk.bitmaps["daily"].count == 0
+
+
+def test_directories_of_backups(tmp_path):
+    """Each backup of several disks adds a point to the directory of each, of one instant, while guests write."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with (
+        served_disk(tmp_path / "a.raw", 4 * MIB) as a,
+        served_disk(tmp_path / "b.raw", 4 * MIB) as b,
+        Server({"a": a, "b": b}, control=tmp_path / "control", log=lambda _: None),
+        Client(tmp_path / "control") as client,
+    ):
+        expected = []
+        for turn in range(4):
+            with Guest(a.pwrite, 2 * MIB, seed=turn) as one, Guest(b.pwrite, 2 * MIB, seed=turn + 9) as two:
+                wait_for(lambda one=one, two=two: one.writes > 20 and two.writes > 20)
+            expected.append((contents(a), contents(b)))
+            uuid = client.execute("backup", backup_dir=str(out), incremental=True, compress=turn == 1)["UUID"]
+            # What is written now is in the next one.
+            for disk in (a, b):
+                disk.pwrite(bytes([turn + 1]) * BLOCK, 3 * MIB + turn * BLOCK)
+            status = client.end_of(uuid)
+            assert status["status"] == "done", status
+            assert [device["kind"] for device in status["devices"]] == ["incremental" if turn else "full"] * 2
+            if turn == 2:
+                # One that is cancelled, or fails, is no point, and forgets nothing.
+                uuid = client.execute("backup", backup_dir=str(out), incremental=True, speed=64 << 10)["UUID"]
+                client.execute("backup-cancel", uuid=uuid)
+                assert client.end_of(uuid)["errmsg"] == "backup cancelled"
+        for index, name in enumerate(("a", "b")):
+            repository = Repository(out / name)
+            assert [point.kind for point in repository.points] == ["full", *["incremental"] * 3]
+            assert repository.verify() == []
+            for point, disks in zip(repository.points, expected):
+                with repository.open(point) as image:
+                    assert image.pread(4 * MIB, 0) == disks[index], point.name
+        assert len(a.bitmaps) == len(b.bitmaps) == 1
+        client.execute("block-dirty-bitmap-remove", node="a", name=next(iter(a.bitmaps)))
+        status = client.end_of(client.execute("backup", backup_dir=str(out), incremental=True)["UUID"])
+        kinds = {device["device"]: device for device in status["devices"]}
+        assert kinds["a"]["kind"] == "full" and "no dirty bitmap" in kinds["a"]["reason"]
+        assert kinds["b"]["kind"] == "incremental"
+        (tmp_path / "precious" / "a").mkdir(parents=True)
+        (tmp_path / "precious" / "a" / "file").touch()
+        desc = client.refusal("backup", backup_dir=str(tmp_path / "precious"), devlist="a", incremental=True)[1]
+        assert "is no directory of backups" in desc
+        desc = client.refusal("backup", target=str(tmp_path / "x.raw"), devlist="a", incremental=True)[1]
+        assert desc == "'incremental' is with 'backup-dir', and without 'bitmap' and 'mode'"
+        options = {"backup_dir": str(out), "incremental": True}
+        assert "'keep' is with 'incremental'" in client.refusal("backup", **options, keep=0)[1]
+        assert "'keep' is with 'incremental'" in client.refusal("backup", backup_dir=str(out), keep=2)[1]
+        status = client.end_of(client.execute("backup", **options, keep=2)["UUID"])
+        assert status["status"] == "done" and "prune-errmsg" not in status
+        for name, disk in (("a", a), ("b", b)):
+            repository = Repository(out / name)
+            assert len(repository.points) == 2 and repository.verify() == []
+            with repository.open() as image:
+                assert image.pread(4 * MIB, 0) == contents(disk)
+        assert client.execute("query-block-jobs") == []
 
 
 def test_a_failed_incremental_forgets_nothing(client, disk, tmp_path):

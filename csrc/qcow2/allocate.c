@@ -274,8 +274,8 @@ int alloc_in_a_row(struct qcow2 *q, uint64_t want, struct run *got, fl_error *er
 
 /* ---- a larger table ---- */
 
-/* Room in the table for `blocks` blocks and then some. While the new table has no place yet, commit writes only what the old one has room for. If no place
-   is found, blocks that the old one has no room for would be in the caches and not in the table: so nothing may be changed any more. That does not
+/* Room in the table for `blocks` blocks and then some. While the new table has no place yet, commit writes only what the old one has room for. If no
+   place is found, blocks that the old one has no room for would be in the caches and not in the table: so nothing may be changed any more. That does not
    happen for want of room in a file or on a device, which is looked at before. */
 static int grow_table(struct qcow2 *q, uint64_t blocks, fl_error *error)
 {
@@ -312,6 +312,7 @@ static int grow_table(struct qcow2 *q, uint64_t blocks, fl_error *error)
         freed_add(q, q->header.reftable_offset >> q->cluster_bits, q->header.reftable_clusters);
         q->header.reftable_offset = place.first << q->cluster_bits;
         q->header.reftable_clusters = (uint32_t)clusters;
+        tables_moved(q);
         q->header_dirty = q->must_commit = true;
     }
     pthread_mutex_unlock(&q->lock);

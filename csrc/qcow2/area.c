@@ -31,7 +31,7 @@ static int open_area(struct qcow2 *q, uint64_t count, fl_error *error)
     uint64_t want = clusters_for(q, MAX(count, AREA_BYTES));
     area_close(q);
     int rc = take_clusters(q, want, &run, &fresh, error);
-    if (rc == 0 && run.count << q->cluster_bits < count) {      /* too few in a row: compressed clusters span two of these at most, if they are not tiny */
+    if (rc == 0 && run.count << q->cluster_bits < count) {      /* too few in a row for this one */
         take_back(q, run, NULL);
         rc = take_in_a_row(q, want, &run, error);
     }

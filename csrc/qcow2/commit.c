@@ -106,15 +106,17 @@ static int copy_tables(struct qcow2 *q, struct changes *c)
             return -ENOMEM;
         for (i = 0; i < room; i++)
             c->table[i] = htobe64(q->reftable[i]);
+        bitmap_clear(&q->reftable_dirty, 0, room);
     } else {
         for (i = bitmap_next_set(&q->reftable_dirty, 0, room); i < room; i = bitmap_next_set(&q->reftable_dirty, i + 1, room))
             n++;
         if (n && !(c->reftable = malloc(n * sizeof *c->reftable)))
             return -ENOMEM;
-        for (i = bitmap_next_set(&q->reftable_dirty, 0, room); i < room; i = bitmap_next_set(&q->reftable_dirty, i + 1, room))
+        for (i = bitmap_next_set(&q->reftable_dirty, 0, room); i < room; i = bitmap_next_set(&q->reftable_dirty, i + 1, room)) {
             c->reftable[c->reftable_count++] = (struct number){ i, htobe64(q->reftable[i]) };
+            bitmap_clear(&q->reftable_dirty, i, 1);
+        }
     }
-    bitmap_clear(&q->reftable_dirty, 0, room);
     for (i = 0; c->l1_count < q->l1_dirty_count; i++) {
         i = bitmap_next_set(&q->l1_dirty, i, q->l1_dirty.bits);
         c->l1[c->l1_count++] = (struct number){ i, htobe64(atomic_load_explicit(&q->l1[i], memory_order_relaxed)) };

@@ -59,7 +59,8 @@ static int write_one(struct qcow2 *q, uint64_t cluster, const void *data, size_t
     if (rc < 0)
         goto out;
     if (at >> offset_bits(q))
-        rc = fail(error, EFBIG, FL_SIDE_NONE, cluster << q->cluster_bits, q->cluster_size, "image '%s' is too large for compressed clusters", q->image.name);
+        rc = fail(error, EFBIG, FL_SIDE_NONE, cluster << q->cluster_bits, q->cluster_size, "image '%s' is too large for compressed clusters",
+                  q->image.name);
     if (rc == 0)
         rc = io_write_metadata(&q->io, data, length, at, error);
     if (rc == 0) {

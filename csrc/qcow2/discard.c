@@ -38,8 +38,6 @@ static int cluster_reads_zero(struct qcow2 *q, uint64_t cluster, bool *zeros, fl
     return rc;
 }
 
-static bool must_read_backing(const struct qcow2 *q) { return q->backing != NULL; }
-
 /* What becomes of a cluster's entry; `entry` itself when it reads as zeros and has nothing to give back. */
 static int emptied(struct qcow2 *q, uint64_t cluster, uint64_t entry, uint64_t *new, fl_error *error)
 {
@@ -61,7 +59,8 @@ static int empty_clusters(struct qcow2 *q, uint64_t first, uint64_t count, fl_er
     struct claim claim;
     bool ours, changes = false;
     if (!old)
-        return fail(error, ENOMEM, FL_SIDE_NONE, first << q->cluster_bits, count << q->cluster_bits, "no memory for a change of image '%s'", q->image.name);
+        return fail(error, ENOMEM, FL_SIDE_NONE, first << q->cluster_bits, count << q->cluster_bits, "no memory for a change of image '%s'",
+                    q->image.name);
     claim_take(q, &claim, first, count);
     int rc = map_entries(q, first, count, old, &ours, error);
     for (uint64_t i = 0; i < count && rc == 0; i++) {
@@ -114,7 +113,7 @@ static bool whole_clusters(const struct qcow2 *q, uint64_t count, uint64_t offse
 }
 
 /* In version 2 an entry can't say "zeros" over a backing file. */
-static bool can_empty(const struct qcow2 *q) { return q->has_zero_flag || !must_read_backing(q); }
+static bool can_empty(const struct qcow2 *q) { return q->has_zero_flag || !q->backing; }
 
 int qcow2_zero(fl_image *image, uint64_t count, uint64_t offset, fl_error *error)
 {
@@ -144,8 +143,8 @@ int qcow2_discard(fl_image *image, uint64_t count, uint64_t offset, fl_error *er
     if (rc < 0 || !whole_clusters(q, count, offset, &first, &end))
         return rc;
     if (!can_empty(q))
-        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, offset, count, "cannot discard %llu bytes at %llu of image '%s': version 2 of qcow2 has nothing that "
-                    "would hide what its backing file has there", (unsigned long long)count, (unsigned long long)offset, image->name);
+        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, offset, count, "cannot discard %llu bytes at %llu of image '%s': version 2 of qcow2 has nothing "
+                    "that would hide what its backing file has there", (unsigned long long)count, (unsigned long long)offset, image->name);
     rc = empty_range(q, first, end, error);
     settle(q);
     return rc;

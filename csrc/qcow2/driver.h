@@ -118,6 +118,7 @@ struct qcow2 {
     pthread_mutex_t lock;               /* protects changes of these, and of slices: */
     struct header header;               /* the tables' places and the disk's size */
     _Atomic uint64_t *l1;               /* host order; atomic for readers */
+    _Atomic uint64_t fixed_tables[3];   /* where L1, refcount and snapshot table are, for readers: see tables_moved */
     uint64_t *reftable;                 /* host order. Changed under `alloc` and `lock`, read under either */
     uint64_t reftable_size;             /* entries */
     struct slice *dirty[2];             /* by kind */
@@ -217,7 +218,8 @@ void alloc_close_area(struct qcow2 *q);
 
 /* All that was changed and written before the call is durable when it returns 0. */
 int commit(struct qcow2 *q, fl_error *error);
-/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a commit. */
+/* Before a change, with no lock or claim held: keeps the caches from filling up with what can't be evicted, and the file from growing for want of a
+   commit, which runs in the background as long as that keeps up. */
 int commit_if_due(struct qcow2 *q, fl_error *error);
 int commit_all(struct qcow2 *q, fl_error *error);       /* nothing is left to do, and no thread of ours is left: for closing */
 
@@ -242,6 +244,8 @@ static inline uint64_t map_left_in_slice(const struct qcow2 *q, uint64_t cluster
 {
     return (UINT64_C(1) << q->slice_bits) - (cluster & ((UINT64_C(1) << q->slice_bits) - 1));
 }
+/* The header says where the L1, refcount or snapshot table is: no entry of an L1 or L2 table may lead there. Called under `lock`. */
+void tables_moved(struct qcow2 *q);
 /* What an entry says; checks it (`guest`: what to say it was about). */
 int map_place(struct qcow2 *q, uint64_t guest, uint64_t entry, bool table_ours, struct place *place, fl_error *error);
 /* With a claim: `count` entries in one slice change from `old` to `new`, at one instant; what the old ones had is freed. Makes the table if need be. */

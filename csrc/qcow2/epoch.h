@@ -24,7 +24,7 @@ struct epoch {
 
 unsigned epoch_slot(void);      /* of the thread that calls */
 
-/* Returns what epoch_leave wants, from the same thread. Not recursive for one purpose, but passes may nest. */
+/* Returns what epoch_leave wants, from the same thread. Passes may nest. */
 static inline unsigned epoch_enter(struct epoch *epoch)
 {
     unsigned slot = epoch_slot();
@@ -32,7 +32,7 @@ static inline unsigned epoch_enter(struct epoch *epoch)
         uint64_t now = atomic_load(&epoch->now);
         atomic_fetch_add(&epoch->slot[slot].inside[now & 1], 1);
         full_fence();
-        /* Counted under `now` while it was still that: so it can go on by one, but not by two, until we leave. Else step back: this count means nothing. */
+        /* Counted under `now` while it was still that: so it can go on by one, but not by two, until we leave. Else step back. */
         if (LIKELY(atomic_load(&epoch->now) == now))
             return slot * 2 + (unsigned)(now & 1);
         atomic_fetch_sub(&epoch->slot[slot].inside[now & 1], 1);

@@ -86,8 +86,8 @@ static int by_first(const void *a, const void *b)
     return (x->first > y->first) - (x->first < y->first);
 }
 
-/* Work off `freed`; what is left in it could not be done now. In two steps, as punching is not for a lock that others wait for: first those that lose their
-   last reference are found, and keep it, so that nobody can have them; when they are punched, they are free. */
+/* Work off `freed`; what is left in it could not be done now. In two steps, as punching is not for a lock that others wait for: first those that lose
+   their last reference are found, and keep it, so that nobody can have them; when they are punched, they are free. */
 static void settle_one(struct qcow2 *q, struct freed *freed)
 {
     struct runs dead = { 0 };

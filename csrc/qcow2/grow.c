@@ -72,6 +72,7 @@ static int move_l1(struct qcow2 *q, uint64_t entries, fl_error *error)
     struct bitmap old_dirty = q->l1_dirty;
     q->l1 = l1;
     q->l1_dirty = dirty;
+    tables_moved(q);
     pthread_mutex_unlock(&q->lock);
     l1 = old;
     dirty = old_dirty;
@@ -114,7 +115,8 @@ int qcow2_grow(fl_image *image, uint64_t size, fl_error *error)
                     (unsigned long long)size, (unsigned long long)q->cluster_size,
                     (unsigned long long)((MAX_L1_BYTES / 8 * q->cluster_size) << q->l2_bits));
     if (q->header.snapshot_count && q->header.version < 3)
-        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: its snapshots do not say how large the disk was (version 2)", image->name);
+        return fail(error, EOPNOTSUPP, FL_SIDE_NONE, 0, 0, "image '%s' cannot grow: its snapshots do not say how large the disk was (version 2)",
+                    image->name);
     int rc = qcow2_prepare(q, error);
     if (rc == 0)
         rc = commit(q, error);

@@ -56,6 +56,39 @@ static uint64_t load_entry(const struct slice *slice, uint64_t i)
     return be64toh(atomic_load_explicit(&slice->words[i], memory_order_acquire));       /* its data was written before it was stored */
 }
 
+/* ---- tables that the header leads to ---- */
+
+/* A place in one word, so that it is read as a whole: the first cluster, below 2^47, and how many follow it, below 2^17 (64 MiB of 512 bytes). */
+#define FOLLOW_BITS 17
+
+static uint64_t pack(const struct qcow2 *q, uint64_t offset, uint64_t bytes)
+{
+    uint64_t clusters = MIN(clusters_for(q, bytes), UINT64_C(1) << FOLLOW_BITS);
+    return bytes == 0 || offset > OFFSET_MASK ? 0 : offset >> q->cluster_bits << FOLLOW_BITS | (clusters - 1);
+}
+
+void tables_moved(struct qcow2 *q)
+{
+    const struct header *h = &q->header;
+    atomic_store(&q->fixed_tables[0], pack(q, h->l1_offset, h->l1_size * UINT64_C(8)));
+    atomic_store(&q->fixed_tables[1], pack(q, h->reftable_offset, (uint64_t)h->reftable_clusters << q->cluster_bits));
+    atomic_store(&q->fixed_tables[2], pack(q, h->snapshots_offset, h->snapshot_count * UINT64_C(40)));
+}
+
+/* How many of `count` clusters from `first` on come before one of these tables; 0: `first` is in one. */
+static uint64_t before_tables(struct qcow2 *q, uint64_t first, uint64_t count)
+{
+    for (unsigned i = 0; i < 3; i++) {
+        uint64_t packed = atomic_load_explicit(&q->fixed_tables[i], memory_order_relaxed);
+        uint64_t begin = packed >> FOLLOW_BITS, end = begin + (packed & ((UINT64_C(1) << FOLLOW_BITS) - 1)) + 1;
+        if (packed && first < end && begin < first + count)
+            count = begin > first ? begin - first : 0;
+    }
+    return count;
+}
+
+/* ---- entries ---- */
+
 int map_place(struct qcow2 *q, uint64_t guest, uint64_t entry, bool table_ours, struct place *place, fl_error *error)
 {
     if (entry == 0) {
@@ -86,6 +119,8 @@ int map_place(struct qcow2 *q, uint64_t guest, uint64_t entry, bool table_ours, 
         place->state = MAPPED;
         place->ours = table_ours && (entry & ENTRY_COPIED);
         place->host = offset;
+        if (UNLIKELY(place->ours && q->image.writable && before_tables(q, offset >> q->cluster_bits, 1) == 0))
+            return qcow2_corrupt(q, guest, error, "its data is said to be at %llu of the file, where there is a table", (ull)offset);
     }
     return 0;
 }
@@ -96,7 +131,8 @@ static int table_of(struct qcow2 *q, uint64_t index, uint64_t *table, bool *ours
     uint64_t entry = atomic_load_explicit(&q->l1[index], memory_order_acquire);
     uint64_t offset = entry & OFFSET_MASK;
     if (UNLIKELY(entry & L1_RESERVED || offset & q->cluster_mask || (offset == 0) != (entry == 0) ||
-                 (offset && offset >> q->cluster_bits >= atomic_load_explicit(&q->tail, memory_order_relaxed))))
+                 (offset && offset >> q->cluster_bits >= atomic_load_explicit(&q->tail, memory_order_relaxed)) ||
+                 before_tables(q, offset >> q->cluster_bits, 1) == 0))
         return qcow2_corrupt(q, index << (q->l2_bits + q->cluster_bits), error, "entry %llu of the L1 table is 0x%llx, which is no place for an L2 table",
                              (ull)index, (ull)entry);
     *table = offset;
@@ -162,8 +198,15 @@ int map_look(struct qcow2 *q, uint64_t offset, uint64_t length, struct place *pl
             cache_put(q, slice);
         if ((rc = map_place(q, offset - within, entry, ours, place, error)) < 0)
             return rc;
-        if (place->state == MAPPED)
+        if (place->state == MAPPED) {
+            if (place->ours && q->image.writable) {
+                n = MAX(before_tables(q, place->host >> q->cluster_bits, n), 1);        /* map_place has looked at the first one */
+                if (UNLIKELY(table >= place->host && table - place->host < n << q->cluster_bits &&
+                             (n = (table - place->host) >> q->cluster_bits) == 0))
+                    return qcow2_corrupt(q, offset - within, error, "its data is said to be at %llu of the file, where its own L2 table is", (ull)table);
+            }
             place->host += within;
+        }
     }
     place->length = MIN(n > UINT64_MAX >> q->cluster_bits ? length : (n << q->cluster_bits) - within, length);
     return 0;

@@ -109,7 +109,8 @@ static int qcow2_flush(fl_image *image, fl_error *error)
     pthread_mutex_lock(&q->alloc);
     bool compressing = q->area.end != 0;
     pthread_mutex_unlock(&q->alloc);
-    return compressing ? commit_all(q, error) : commit(q, error);
+    int rc = commit(q, error);          /* commit_all does nothing, not even sync, when it finds nothing to do */
+    return rc == 0 && compressing ? commit_all(q, error) : rc;
 }
 
 static uint64_t qcow2_allocated(fl_image *image) { return io_allocated(&qcow2_of(image)->io); }
@@ -227,8 +228,8 @@ static int repair_dirty(struct qcow2 *q, fl_error *error)
         return no_memory(q, error);
     int rc = check_file(&q->io, &q->header, FL_REPAIR_ALL, result, error);
     if (rc == 0 && (result->corruptions || result->check_errors || q->header.incompatible & INCOMPAT_DIRTY))
-        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and cannot be repaired: %llu corruptions are left; it can be "
-                  "opened for reading", q->image.name, (unsigned long long)result->corruptions);
+        rc = fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' was not closed properly, and cannot be repaired: %llu corruptions are left; it "
+                  "can be opened for reading", q->image.name, (unsigned long long)result->corruptions);
     free(result);
     return rc;
 }
@@ -237,8 +238,8 @@ static int repair_dirty(struct qcow2 *q, fl_error *error)
 static int check_writable(struct qcow2 *q, fl_error *error)
 {
     if (q->header.incompatible & INCOMPAT_CORRUPT)
-        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is marked as corrupt and cannot be opened for writing: repair it first, or open it "
-                    "for reading", q->image.name);
+        return fail(error, FL_EFORMAT, FL_SIDE_NONE, 0, 0, "image '%s' is marked as corrupt and cannot be opened for writing: repair it first, or "
+                    "open it for reading", q->image.name);
     return q->header.incompatible & INCOMPAT_DIRTY ? repair_dirty(q, error) : 0;
 }
 
@@ -296,6 +297,7 @@ static int set_up(struct qcow2 *q, const char *path, const fl_image_options *opt
     q->image.direct = q->io.direct_fd >= 0;
     if (cache_init(q, options->cache_size) < 0)
         return no_memory(q, error);
+    tables_moved(q);
     rc = read_l1(q, error);
     if (rc == 0 && q->io.writable)
         rc = refcount_init(q, error);

@@ -74,7 +74,8 @@ int check_not_a_table(struct qcow2 *q, uint64_t first, uint64_t count, fl_error 
     if (first != 0 && (first >= l1 + l1_clusters || first + count <= l1) &&
         (first >= table + q->header.reftable_clusters || first + count <= table))
         return 0;
-    return qcow2_corrupt(q, UINT64_MAX, error, "the refcounts say that cluster %llu of the file is free, but the header or a table of it is there", (ull)first);
+    return qcow2_corrupt(q, UINT64_MAX, error, "the refcounts say that cluster %llu of the file is free, but the header or a table is there",
+                         (ull)first);
 }
 
 /* ---- opening ---- */

@@ -1,15 +1,16 @@
 /* qcow2_crash.c: random operations on a qcow2 image, and a log of what they ask of the file: what a crash test replays.
  *
- *     qcow2_crash IMAGE LOG [--seed N] [--operations N] [--threads N] [--cache BYTES] [--reopen [--grow BYTES]] [--marks-only] [--first-id N]
+ *     qcow2_crash IMAGE LOG [--seed N] [--operations N] [--threads N] [--cache BYTES] [--direct] [--reopen [--grow BYTES]]
+ *                 [--marks-only] [--first-id N]
  *
- * The log has, in the order in which they took effect, the changes of the file with their data (pwrite, pwritev, fallocate, ftruncate), the
- * begin and the end of each fdatasync or fsync, and the begin and the end of each operation of this program. Operations that run at the same
- * time never share a sector, but often a cluster. A sector that an operation writes tells its own number and that of the operation.
+ * The log has, in the order in which they took effect, the changes of the file with their data (pwrite, pwritev, fallocate, ftruncate),
+ * the begin and the end of each fdatasync or fsync, and the begin and the end of each operation of this program. Operations that run at the
+ * same time never share a sector, but often a cluster. A sector that an operation writes tells its own number and that of the operation.
  *
  * --reopen: the image is closed and opened again a few times, and each time made larger, by --grow.
  *
- * --marks-only: the log has the operations only, and goes to the kernel at once: for a run that is going to be killed. Then the file is what
- * it is, syncs are real, and it runs until it is killed. Otherwise syncs are logged, and not done.
+ * --marks-only: the log has the operations only, and goes to the kernel at once: for a run that is going to be killed. Then the file is
+ * what it is, syncs are real, and it runs until it is killed. Otherwise syncs are logged, and not done.
  *
  * The functions of the C library that change a file are defined here, so that the driver's calls come here, and go on as system calls.
  */
@@ -36,7 +37,7 @@ struct record {                 /* little-endian, as x86 and arm64 are; followed
 };
 
 static int log_fd = -1;
-static bool marks_only;
+static bool marks_only, direct;
 static dev_t image_device;
 static ino_t image_inode;
 static bool recording;          /* the image is known */
@@ -302,7 +303,7 @@ static void *worker(void *argument)
 
 static void open_image(const char *path, uint64_t cache)
 {
-    fl_image_options options = { .format = "qcow2", .writable = 1, .cache_size = cache };
+    fl_image_options options = { .format = "qcow2", .writable = 1, .cache_size = cache, .direct = direct };
     int rc = fl_image_open(path, &options, &image, &why);
     CHECK(rc == 0, "cannot open: %d, %s", rc, why.text);
 }
@@ -319,7 +320,7 @@ int main(int argc, char **argv)
     static const struct option known[] = {
         { "seed", 1, NULL, 's' }, { "operations", 1, NULL, 'o' }, { "threads", 1, NULL, 't' }, { "cache", 1, NULL, 'c' },
         { "marks-only", 0, NULL, 'm' }, { "reopen", 0, NULL, 'r' }, { "first-id", 1, NULL, 'f' },
-        { "grow", 1, NULL, 'g' }, { NULL, 0, NULL, 0 },
+        { "grow", 1, NULL, 'g' }, { "direct", 0, NULL, 'd' }, { NULL, 0, NULL, 0 },
     };
     unsigned threads = 1;
     uint64_t cache = 0, grow = 0;
@@ -330,6 +331,7 @@ int main(int argc, char **argv)
         case 'o': operations = strtoull(optarg, NULL, 0); break;
         case 't': threads = (unsigned)strtoul(optarg, NULL, 0); break;
         case 'c': cache = strtoull(optarg, NULL, 0); break;
+        case 'd': direct = true; break;
         case 'g': grow = strtoull(optarg, NULL, 0); break;
         case 'f': atomic_store(&next_id, strtoull(optarg, NULL, 0)); break;
         case 'm': marks_only = true; break;

@@ -60,9 +60,9 @@ __attribute__((unused)) static void make_image(const char *path, const struct sh
 }
 
 /* Not even a leak is found, unless they are allowed. */
-__attribute__((unused)) static void check_image(const char *path, int leaks_allowed)
+__attribute__((unused)) static void check_image_that(const char *path, int leaks_allowed, int may_be_open)
 {
-    fl_image_options o = { .format = "qcow2" };
+    fl_image_options o = { .format = "qcow2", .share = may_be_open };
     fl_check *result = calloc(1, sizeof *result);
     CHECK(result);
     MUST(fl_image_check(path, &o, FL_REPAIR_NONE, result, &why));
@@ -71,5 +71,7 @@ __attribute__((unused)) static void check_image(const char *path, int leaks_allo
           result->finding_count ? result->findings[0].text : "");
     free(result);
 }
+
+static inline void check_image(const char *path, int leaks_allowed) { check_image_that(path, leaks_allowed, 0); }
 
 #endif

@@ -10,7 +10,7 @@
 
 #define MAX_SHOTS 4
 #define SMALLEST_CLUSTER 4096
-#define MOST_CLUSTERS (MOST_DISK_SIZE / SMALLEST_CLUSTER + 1)
+#define MOST_CLUSTERS (DISK_SIZE / SMALLEST_CLUSTER + 1)
 
 /* What happened, in the order of the report. In long runs must happen: 'b' in both modes, 'c' in calm, 't' in tight ones. */
 #define EVENTS(X) \

@@ -1,11 +1,12 @@
 /* stress.c: many writers against snapshots that are cut, read, released, backed up and closed all the time; checked byte for byte.
  *
- * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct] [--source FORMAT] [--fleecing FORMAT]
+ * stress DIR [--seconds N] [--seed N] [--threads N] [--mode calm|tight|both] [--direct]
+ *            [--source FORMAT] [--fleecing FORMAT] [--target FORMAT]
  *
- * The source and the fleecing images are made in DIR; FORMAT: raw or qcow2, whose shapes come from the seed, and whose files are checked at the end. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the
- * writers out for a moment, so that every byte of the snapshot is known; a hot one runs among them and is checked by what the granules
- * say of themselves, and by chains: a writer's sector X is written, then Y, then (on a second disk) Z, each after the one before was
- * acknowledged, so at one instant Z <= Y <= X <= Z + 1.
+ * All images are made in DIR; FORMAT: raw or qcow2, in shapes that come from the seed; the files of qcow2 sources and targets are checked when all is
+ * done with them. Writers own bytes as model.h says. Cuts are of two sorts: an exact one shuts the writers out for a moment, so that every byte
+ * of the snapshot is known; a hot one runs among them and is checked by what the granules say of themselves, and by chains: a writer's
+ * sector X is written, then Y, then (on a second disk) Z, each after the one before was acknowledged, so at one instant Z <= Y <= X <= Z + 1.
  *
  * calm: there is always room in the end and time enough to wait for it: nothing may fail. tight: timeouts are short, fleecing images are
  * small, these and the source fail now and then: each policy happens, and only what it allows.
@@ -26,7 +27,7 @@
 
 static const char *directory;
 static uint64_t seed = 1;
-static bool direct, qcow2_source, qcow2_fleecing;
+static bool direct, qcow2_source, qcow2_fleecing, qcow2_target;
 static fl_image *source, *twin_image;
 
 /* ---- the users of snapshots ---- */
@@ -154,7 +155,7 @@ static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
 {
     char path[4096];
     bool chunks = chance(random, 40);
-    fl_image_options create = { .format = "raw", .writable = 1 };
+    fl_image_options create = { .format = qcow2_target ? "qcow2" : "raw", .writable = 1, .cluster_size = qcow2_target ? 512u << below(random, 8) : 0 };
     fl_backup_options options = { .granularity = s->cluster << below(random, 4), .workers = 1 + (uint32_t)below(random, 4),
                                   .buffers = chunks ? 2 + (uint32_t)below(random, 7) : 0, .discard = chunks || chance(random, 70),
                                   .target_is_zero = chance(random, 50), .skip_lost = tight };
@@ -203,9 +204,11 @@ static void backup_and_check(struct shot *s, unsigned number, uint64_t *random)
     MUST(fl_backup_close(job, &why));
     fl_backup_free(job);
 out:
+    fl_image_free(target);
+    if (!chunks && qcow2_target && rc == 0)
+        check_image_that(path, 1, 1);   /* a worker that is about to end may still have it open, and what closing frees is not free yet */
     if (!chunks)
         unlink(path);
-    fl_image_free(target);
 }
 
 static void *backup_body(void *argument)
@@ -574,7 +577,8 @@ int main(int argc, char **argv)
     static const struct option names[] = {
         { "seconds", required_argument, NULL, 's' }, { "seed", required_argument, NULL, 'r' }, { "threads", required_argument, NULL, 't' },
         { "mode", required_argument, NULL, 'm' }, { "direct", no_argument, NULL, 'd' },
-        { "source", required_argument, NULL, 'S' }, { "fleecing", required_argument, NULL, 'F' }, { NULL, 0, NULL, 0 }
+        { "source", required_argument, NULL, 'S' }, { "fleecing", required_argument, NULL, 'F' },
+        { "target", required_argument, NULL, 'T' }, { NULL, 0, NULL, 0 }
     };
     uint64_t seconds = 4;
     unsigned threads = 4;
@@ -587,6 +591,7 @@ int main(int argc, char **argv)
         case 'm': mode = optarg; break;
         case 'd': direct = true; break;
         case 'S': qcow2_source = !strcmp(optarg, "qcow2"); break;
+        case 'T': qcow2_target = !strcmp(optarg, "qcow2"); break;
         case 'F': qcow2_fleecing = !strcmp(optarg, "qcow2"); break;
         default: return 2;
         }
@@ -594,7 +599,7 @@ int main(int argc, char **argv)
     bool calm_runs = strcmp(mode, "tight") != 0, tight_runs = strcmp(mode, "calm") != 0;
     if (optind != argc - 1 || threads < 1 || threads > MAX_WRITERS || (calm_runs && tight_runs && strcmp(mode, "both"))) {
         fprintf(stderr, "usage: stress DIR [--seconds N] [--seed N] [--threads 1..%d] [--mode calm|tight|both] [--direct] "
-                "[--source raw|qcow2] [--fleecing raw|qcow2]\n", MAX_WRITERS);
+                "[--source raw|qcow2] [--fleecing raw|qcow2] [--target raw|qcow2]\n", MAX_WRITERS);
         return 2;
     }
     directory = argv[optind];
@@ -644,8 +649,8 @@ int main(int argc, char **argv)
     }
     free(model);
     free(granules);
-    printf("seed %" PRIu64 ", %u writers, mode %s%s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2_source ? ", qcow2 source" : "",
-           qcow2_fleecing ? ", qcow2 fleecing" : "");
+    printf("seed %" PRIu64 ", %u writers, mode %s%s%s%s%s\n", seed, threads, mode, direct ? ", direct" : "", qcow2_source ? ", qcow2 source" : "",
+           qcow2_fleecing ? ", qcow2 fleecing" : "", qcow2_target ? ", qcow2 target" : "");
     report(calm_runs, tight_runs, seconds >= LONG_RUN);
     return 0;
 }

@@ -57,15 +57,15 @@ static void test_model(void)
 {
     const char *path = in_directory("model.qcow2");
     static const struct shape shapes[] = {
-        { 3, 9, 0, 300000, NULL }, { 3, 9, 4, 300000, NULL }, { 3, 9, 6, 20000, NULL }, { 3, 10, 1, 300000, NULL }, { 3, 12, 2, 3000000, NULL },
-        { 3, 12, 4, 3000320, NULL }, { 3, 13, 3, 3000320, NULL }, { 3, 16, 4, 8 << 20, NULL }, { 3, 16, 5, 8 << 20, NULL }, { 3, 21, 4, 20 << 20, NULL },
-        { 2, 9, 4, 300000, NULL }, { 2, 12, 4, 3000320, NULL }, { 2, 16, 4, (5 << 20) + 512, NULL },
-        { 3, 9, 4, 300000, "base.raw" }, { 3, 12, 3, 1000320, "base.raw" }, { 3, 16, 4, 4 << 20, "base.raw" },
+        { 3, 9, 0, 300000, NULL }, { 3, 9, 4, 300000, NULL }, { 3, 9, 6, 20000, NULL }, { 3, 10, 1, 300000, NULL }, { 3, 12, 2, 1000000, NULL },
+        { 3, 12, 4, 1000320, NULL }, { 3, 13, 3, 1000320, NULL }, { 3, 16, 4, 2 << 20, NULL }, { 3, 16, 5, 3 << 20, NULL }, { 3, 21, 4, 7 << 20, NULL },
+        { 2, 9, 4, 300000, NULL }, { 2, 12, 4, 1000320, NULL }, { 2, 16, 4, (2 << 20) + 512, NULL },
+        { 3, 9, 4, 300000, "base.raw" }, { 3, 12, 3, 1000320, "base.raw" }, { 3, 16, 4, 2 << 20, "base.raw" },
     };
     make_backing(in_directory("base.raw"), 700001);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         make_image(path, &shapes[i]);
-        run_model(path, &shapes[i], 300, i % 4 == 3 ? DIRECT : 0, i + 1);
+        run_model(path, &shapes[i], 200, i % 4 == 3 ? DIRECT : 0, i + 1);
     }
 }
 

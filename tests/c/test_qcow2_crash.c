@@ -229,7 +229,7 @@ int main(int argc, char **argv)
     };
     CHECK(argc == 2 || argc == 3, "usage: test_qcow2_crash DIR [STATES]");
     directory = argv[1];
-    unsigned states = argc == 3 ? (unsigned)atoi(argv[2]) : 240;
+    unsigned states = argc == 3 ? (unsigned)atoi(argv[2]) : 144;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (uint64_t seed = 1; seed <= 2; seed++)
             crash(&shapes[i], states / 12, seed + 10 * i);
