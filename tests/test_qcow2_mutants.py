@@ -116,6 +116,15 @@ MUTANTS: list[tuple[Mutant, Scenario | None]] = [
     ),
     (
         _mutant(
+            "flush_of_data_alone_does_not_sync",
+            "commit.c",
+            "    if (rc == 1)\n        rc = flush(q, error);\n",
+            "    if (rc == 1)\n        rc = 0;\n",
+        ),
+        PLAIN,
+    ),
+    (
+        _mutant(
             "l1_moves_before_its_refcounts",
             "grow.c",
             "clusters, &run, error);\n    if (rc == 0)\n        rc = must_commit(q, error);\n",
