@@ -153,7 +153,7 @@ MUTANTS: list[tuple[Mutant, Scenario | None]] = [
     (
         _mutant(
             "used_again_before_its_readers_left",
-            "refcount.c",
+            "free.c",
             "        if (!freed || !epoch_passed(&q->epoch, freed->ticket))\n",
             "        if (!freed)\n",
         ),
