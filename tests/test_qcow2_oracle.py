@@ -148,6 +148,36 @@ def test_many_threads(options: Options, tmp_path: Path) -> None:
     kit.verify(subject)
 
 
+SNAPSHOTTED = [
+    Options(cluster_size=512, refcount_bits=4),
+    Options(cluster_size=4 * KIB, compat="0.10", backing="raw<"),
+    Options(cluster_size=64 * KIB, backing="chain", compression="zstd", refcount_bits=64),
+]
+
+
+@pytest.mark.parametrize("options", SNAPSHOTTED, ids=lambda options: options.id)
+def test_internal_snapshots_come_and_go(options: Options, tmp_path: Path) -> None:
+    """QEMU makes, deletes and goes back to internal snapshots between our rounds."""
+    subject = kit.make(tmp_path, options, SEED)
+    rng = subject.rng
+    for number in range(10):
+        kind = rng.random()
+        if kind < 0.5 or not subject.kept:
+            kit.take_snapshot(subject, f"made{number}")
+        elif kind < 0.75:
+            name = rng.choice(sorted(subject.kept))
+            kit.tool("qemu-img", "snapshot", "-d", name, subject.path)
+            subject.kept.pop(name).unlink()
+        else:
+            name = rng.choice(sorted(subject.kept))
+            kit.tool("qemu-img", "snapshot", "-a", name, subject.path)
+            subject.model.take(subject.kept[name])
+        with open_writable(subject, rng) as image:
+            kit.verify_reading(image, subject)
+            kit.by_us(image, subject, [subject.operation(kit.ALL_KINDS) for _ in range(rng.randrange(1, 8))])
+        kit.verify(subject)
+
+
 MAPPED = [
     Options(cluster_size=4 * KIB, backing="chain", snapshots=1),
     Options(cluster_size=512, backing="raw>", refcount_bits=64),

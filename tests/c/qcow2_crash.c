@@ -270,7 +270,7 @@ static void draw_range(uint64_t *state, uint64_t length, bool whole, uint64_t *f
 
 static void *worker(void *argument)
 {
-    uint64_t state = seed * UINT64_C(1000003) + (uintptr_t)argument, sectors = disk_size / SECTOR, first, end;
+    uint64_t state = seed * UINT64_C(1000003) + (uintptr_t)argument, sectors = disk_size / SECTOR, first, end, last_first = 0, last_end = 0;
     uint64_t per_cluster = cluster_size / SECTOR;
     void *buffer = malloc(disk_size);
     CHECK(buffer != NULL, "memory");
@@ -280,13 +280,23 @@ static void *worker(void *argument)
             perform(OP_FLUSH, 0, 0, buffer);
             continue;
         }
+        if (kind < 14 && last_end > last_first) {       /* in place, most likely: a flush has the data to think of, and no table */
+            if (claim(last_first, last_end)) {
+                perform(OP_WRITE, last_first, last_end, buffer);
+                release(last_first, last_end);
+                perform(OP_FLUSH, 0, 0, buffer);
+            }
+            continue;
+        }
         uint64_t length = 1 + draw(&state, draw(&state, 4) == 0 ? 12 * per_cluster : 2 * per_cluster + 4);
         bool whole = kind >= 92 || draw(&state, 3) == 0;
-        draw_range(&state, kind == 8 ? sectors / 3 : length, whole, &first, &end);
+        draw_range(&state, kind == 14 ? sectors / 3 : length, whole, &first, &end);
         if (!claim(first, end))
             continue;
         if (kind < 62) {
             perform(OP_WRITE, first, end, buffer);
+            last_first = first;
+            last_end = end;
         } else if (kind < 72) {
             perform(OP_ZERO, first, end, buffer);
         } else if (kind < 92) {
