@@ -217,6 +217,9 @@ DAMAGE = {
     "L1 table of a snapshot not at a cluster's start": Damage(
         "snapshots", snapshot_field(0, 8, 0x3200), 2, 2, by_qemu=2
     ),
+    "L1 table of a snapshot far away": Damage(
+        "snapshots", snapshot_field(0, 8, (1 << 63) + (1 << 16)), 2, 2, False, gives_up=True
+    ),
     "table of a bitmap behind the end": Damage("bitmaps", bitmap_field(0, 8, 1 << 40), 2, counts=False),
     "reserved bits in a table of a bitmap": Damage("bitmaps", bitmap_entry, 2, counts=False, gives_up=True),
     "dirty": Damage("plain", set_bit(1), 0),
@@ -243,7 +246,8 @@ def test_damage(name, images, tmp_path):
 
     before = qemu_read(ours)
     repaired = pyfleece.check(ours, "all")
-    assert (repaired.status, qemu_check(ours)[0]) == (damage.repaired, damage.repaired), repaired.findings
+    assert repaired.status == damage.repaired, repaired.findings
+    assert qemu_check(ours)[0] == (1 if damage.gives_up and damage.repaired else damage.repaired)
     if before is not None:
         assert qemu_read(ours) == before
     if damage.status and not damage.repaired:

@@ -268,7 +268,7 @@ static int count_l1_table(struct checker *c, uint64_t offset, uint32_t entries, 
     int rc = count_table(c, active ? "L1 table" : "L1 table of a snapshot", offset, bytes);
     if (rc == 0)
         rc = visit_table(c, offset, whole, count_l1, &v);
-    if (rc == 0 && bytes > whole) {
+    if (rc == 0 && bytes > whole && offset < c->length && whole < c->length - offset) {
         rc = io_read_metadata(c->io, tail, (size_t)(bytes - whole), offset + whole, c->error);
         if (rc == 0)
             rc = count_l1(c, &v, tail, sizeof tail, whole);

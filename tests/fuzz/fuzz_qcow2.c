@@ -281,7 +281,10 @@ static fl_image_options how_to_open(const uint8_t *script, bool writable)
 static int check(int repair, fl_check *result)
 {
     const fl_image_options options = { .format = "qcow2" };
-    return fl_image_check(path, &options, repair, result, NULL);
+    fl_error error = { 0 };
+    int rc = fl_image_check(path, &options, repair, result, &error);
+    CHECK(rc == 0 || rc == -FL_EFORMAT, "check: %s", error.text);
+    return rc;
 }
 
 /* 0, or why it can't be opened. */
