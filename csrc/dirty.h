@@ -35,6 +35,11 @@ static inline void dirty_keep(struct dirty *dirty, uint64_t first, uint64_t coun
     kept_sync(dirty->kept);
 }
 
+/* ---- between dirty.c and dirty_file.c ---- */
+
+struct dirty *dirty_new(const char *name, uint64_t granularity);        /* in no list, and without bits; NULL: no memory */
+void dirty_destroy(struct dirty *dirty);
+
 /* ---- for disk.c, under the disk's lock ---- */
 
 struct dirty **dirty_find(fl_disk *disk, const char *name);

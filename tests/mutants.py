@@ -464,7 +464,7 @@ MUTANTS = [
     ),
     _mutant(
         "i6_clean_close_does_not_flush_the_source",
-        "dirty.c",
+        "dirty_file.c",
         "    int rc = image_settle(disk->source, error); ",
         "    int rc = 0;",
         "i6_power_loss",
