@@ -298,7 +298,7 @@ int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *co
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "cannot make the locks of a mount");
     }
     atomic_init(&mount->references, 1);
-    clock_gettime(CLOCK_REALTIME, &mount->started);
+    clock_gettime(CLOCK_REALTIME_COARSE, &mount->started);
     mount->mountpoint = strdup(mountpoint);
     int rc = mount->mountpoint ? tree_init(mount, disks, names, count, error)
                                : fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a mount");

@@ -133,6 +133,7 @@ static void on_read(fuse_req_t req, fuse_ino_t node, size_t size, off_t where, s
 
 /* ---- changing ---- */
 
+/* The clock of the kernel's own file times, here and wherever a time is taken: one that is finer would be ahead of it, and files would seem to go back. */
 static void touch(struct file *file)
 {
     struct timespec now;

@@ -163,7 +163,7 @@ int fl_mount_show(fl_mount *mount, const char *cut, fl_snapshot *const *snapshot
         goto out;
     }
     atomic_init(&shot->references, 1);
-    clock_gettime(CLOCK_REALTIME, &shot->time);
+    clock_gettime(CLOCK_REALTIME_COARSE, &shot->time);
     if (!good_name(cut)) {
         rc = fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "'%.300s' cannot be the name of a snapshot", cut);
         goto out;

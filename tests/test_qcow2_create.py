@@ -271,10 +271,7 @@ def test_theirs_with_snapshots_and_bitmaps(tmp_path):
         image.pwrite(b"new", 0)
         assert image.persistent_bitmaps() == [], "nobody keeps them up to date: void from the first write on"
         assert image.info.qcow2 is not None and image.info.qcow2.bitmaps == 0
-    found = run("qemu-img", "check", path, check=False)
-    assert found.count("Leaked cluster") == 3 and "ERROR" not in found, "what the bitmaps had"
-    assert pyfleece.check(path, "leaks").status == 0
-    check(path)
+    check(path)                                 # what the bitmaps had is free again
     assert_same_info(path)
     run("qemu-img", "convert", "-q", "-l", "before", "-O", "raw", path, tmp_path / "before.raw")
     assert (tmp_path / "before.raw").read_bytes() == b"\x01" * MIB + bytes(3 * MIB), "the snapshot was not written"
