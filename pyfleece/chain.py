@@ -431,7 +431,7 @@ class Repository:
             # Beside it, then over it: the backup would refuse to replace what it reads.
             temporary = f"{path}.full"
             result = backup(whole, temporary, format="qcow2", workers=workers, on_piece=collector)
-        written = self._write_digests(f"{point.name}", collector, suffix=".full")
+        written = self._write_digests(point.name, collector, suffix=".full")
         changed = {
             **asdict(point),
             **written,

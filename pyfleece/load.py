@@ -109,5 +109,5 @@ class Load(Resource):
 
     def _close(self) -> None:
         lib.fl_load_stop(self._handle)
-        while call_code(lib.fl_load_wait, self._handle, _SLICE, expected=tuple(range(-5100, 0))) == -lib.FL_ERUNNING:
-            pass
+        while lib.fl_load_wait(self._handle, _SLICE, ffi.NULL) == -lib.FL_ERUNNING:
+            pass                                    # a failure was for wait() and stop() to raise

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import MIB, content, missing
 
 import pyfleece
@@ -152,3 +153,11 @@ def holes(fd: int, size: int) -> list[tuple[int, int]]:
             at = size
         found.append((start, at))
     return found
+
+
+@contextlib.contextmanager
+def fails(number: int) -> Iterator[None]:
+    """The errno with which a call has to fail."""
+    with pytest.raises(OSError) as raised:
+        yield
+    assert raised.value.errno == number, raised.value

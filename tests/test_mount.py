@@ -4,7 +4,6 @@ programs that read files, and that reads and writes go on while snapshots are cu
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ from mount_kit import (
     ZERO_RANGE,
     Served,
     attribute,
+    fails,
     fallocate,
     holes,
     opened,
@@ -43,13 +43,6 @@ def nothing_is_left(no_leaks: None) -> None:
 def served(tmp_path: Path) -> Iterator[Served]:
     with serve(tmp_path) as served:
         yield served
-
-
-@contextlib.contextmanager
-def fails(number: int) -> Iterator[None]:
-    with pytest.raises(OSError) as raised:
-        yield
-    assert raised.value.errno == number, raised.value
 
 
 # ---- the guest's view ----

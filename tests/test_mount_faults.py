@@ -4,7 +4,6 @@ die, mount points that are unfit, hooks that fail. Each time the guest's I/O goe
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import logging
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MIB, missing, own_threads, run, wait_for
-from mount_kit import CLUSTER, Served, attribute, need_mount, opened, punch, serve
+from mount_kit import CLUSTER, Served, attribute, fails, need_mount, opened, punch, serve
 
 import pyfleece
 
@@ -39,13 +38,6 @@ def nothing_is_left(no_leaks: None) -> None:
 def served(tmp_path: Path) -> Iterator[Served]:
     with serve(tmp_path) as served:
         yield served
-
-
-@contextlib.contextmanager
-def fails(number: int) -> Iterator[None]:
-    with pytest.raises(OSError) as raised:
-        yield
-    assert raised.value.errno == number, raised.value
 
 
 def guest_goes_on(served: Served) -> None:
