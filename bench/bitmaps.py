@@ -1,8 +1,9 @@
 """What dirty bitmaps cost a guest's write: random 4 KiB writes, without a bitmap, and with one of each kind.
 
-    python bench/bitmaps.py [--size 4G] [--seconds 3] [--rounds 5] [DIRECTORY]
+    python bench/bitmaps.py [--directory DIR] [--size 4G] [--seconds 3] [--rounds 5]
 
-Rounds of all kinds take turns, so that whatever else the machine does hits all of them alike; the median counts.
+Prints a table in Markdown: microseconds that one write takes, the median, the least and the most. Rounds of all kinds
+take turns, so that whatever else the machine does hits all of them alike.
 "first" are writes of which each is the first to its unit (64 KiB apart, in an order that looks random): the worst case.
 "repeated" are writes to units that are dirty already. The goal: marking adds less than 2 % to a repeated write. In
 write-intent mode a first write waits for a sync of the storage; it is measured with 1 and with 8 writers, who share
@@ -17,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from kit import machine, ratios, spread
 
 import pyfleece
 from pyfleece.load import Load
@@ -76,19 +79,21 @@ def measure(directory: Path, size: int, seconds: float, rounds: int) -> dict[tup
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="What dirty bitmaps cost a guest's write.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", default="/var/tmp", help="on the file system to measure (default: %(default)s)")
     parser.add_argument("--size", type=size_of, default="4G")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("directory", nargs="?", type=Path)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         found = measure(Path(directory), options.size, options.seconds, options.rounds)
+    print(f"{machine(options.directory)}\n")
+    print("| writes | bitmap | us | more than without |\n|---|---|---|---|")
     for what in dict.fromkeys(what for what, _ in found):
-        base = statistics.median(found[what, "none"])
         for kind in KINDS:
-            took = statistics.median(found[what, kind])
-            print(f"{what:18} {kind:14} {took:10.2f} us a write  {100 * (took / base - 1):+9.1f} %")
+            took = found[what, kind]
+            more = statistics.median(100 * (ratio - 1) for ratio in ratios(took, found[what, "none"]))
+            print(f"| {what} | {kind} | {spread(took)} | {more:+.1f} % |")
     return 0
 
 

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 
-from kit import build, spread
+from kit import build, machine, spread
 
 import pyfleece
 
@@ -30,7 +30,7 @@ WRITES = [
 
 
 def first_touch(program: str, directory: str, rounds: int) -> None:
-    print("\nRate of first writes to a cluster, of the plain rate for the same writes (512 MiB, 64 MiB stage).\n")
+    print("Rate of first writes to a cluster, of the plain rate for the same writes (512 MiB, 64 MiB stage).\n")
     print("| cluster | " + " | ".join(name for name, _, _ in WRITES) + " |")
     print("|---|" + "---|" * len(WRITES))
     for cluster in CLUSTERS:
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--directory", default="/var/tmp", help="on the file system to measure (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    print(f"{machine(options.directory)}\n")
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         first_touch(build(directory, "first_touch"), directory, options.rounds)
         backups(directory, options.rounds)

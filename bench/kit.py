@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import statistics
@@ -10,19 +11,26 @@ import time
 from collections.abc import Callable, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = ("-std=gnu11", "-O2", "-pthread")
 
 
 def build(directory: str, name: str) -> str:
     """bench/NAME.c together with the library; the path of the program."""
     program = os.path.join(directory, name)
     sources = sorted(map(str, (ROOT / "csrc").rglob("*.c")))
-    flags = ["-std=gnu11", "-O2", "-pthread"]
-    subprocess.run(["gcc", *flags, str(ROOT / "bench" / f"{name}.c"), *sources, "-o", program], check=True)
+    subprocess.run(["gcc", *FLAGS, str(ROOT / "bench" / f"{name}.c"), *sources, "-o", program], check=True)
     return program
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def brief(values: Sequence[float]) -> str:
+    """The same with three significant digits of the median."""
+    median = statistics.median(values)
+    digits = 2 - math.floor(math.log10(median)) if median > 0 else 0
+    return spread(values, min(max(digits, 0), 5))
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -36,12 +44,28 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def machine() -> str:
-    """A line about what was measured on."""
+def resident(process: int | str = "self") -> int:
+    """Bytes of memory that a process has in use. Exact, unlike the kernel's counters, which lag behind."""
+    with open(f"/proc/{process}/smaps_rollup", encoding="ascii") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Rss:"))
+
+
+def resident_peak(process: int | str = "self") -> int:
+    """The most that it ever had."""
+    with open(f"/proc/{process}/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM:"))
+
+
+def machine(directory: str | os.PathLike[str] | None = None) -> str:
+    """A line about what was measured on; with a directory, the file system that it is on as well."""
     model = "unknown processor"
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
                 model = line.partition(":")[2].strip()
                 break
-    return f"{os.cpu_count()} x {model}, Linux {os.uname().release}"
+    told = f"{os.cpu_count()} x {model}, Linux {os.uname().release}"
+    if directory is not None:
+        output = subprocess.run(["df", "--output=fstype", directory], capture_output=True, text=True, check=True).stdout
+        told += f", {output.split()[-1]}"
+    return told

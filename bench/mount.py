@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def missing_exports(directory: str) -> set[str]:
             with qemu_export(directory, False, kind) as target:
                 fio(target, Case("", "write", MIB, 1), MIB, 1)
         except RuntimeError as error:
-            print(f"no {kind} export of QEMU here: {str(error)[:200]}\n")
+            print(f"no {kind} export of QEMU here: {str(error)[:200]}", file=sys.stderr)
             without.add(kind)
     return without
 
@@ -194,14 +195,14 @@ def main() -> None:
         figures: Figures = {}
         for _ in range(options.rounds):
             measure(directory, options.size * MIB, options.seconds, without, figures)
-    report(figures)
+    report(figures, options.directory)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as out:
             json.dump(figures, out, indent=1)
 
 
-def report(figures: Figures) -> None:
-    print(f"{machine()}, {qemu.version()}\n")
+def report(figures: Figures, directory: str) -> None:
+    print(f"{machine(directory)}, {qemu.version()}\n")
     names = list(next(iter(figures.values())))
     print(f"| operations per second | {' | '.join(names)} | ours / the better one | at least {GOAL:g}? |")
     print("|---|" + "---|" * (len(names) + 2))

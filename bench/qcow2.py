@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kit import machine
+
 import pyfleece
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -277,13 +279,14 @@ def storage_daemon(directory: pathlib.Path, image: pathlib.Path) -> Iterator[Qmp
 def main() -> None:
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--directory", default=".", help="where the images go")
+    parser.add_argument("--directory", default="/var/tmp", help="on the file system to measure (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="this part of the work, for a quick look")
     parser.add_argument("only", nargs="*", help="random_writes, allocating, sequential, opening, backups; default: all")
     arguments = parser.parse_args()
     names = arguments.only or ["random_writes", "allocating", "sequential", "opening", "backups"]
-    print(run("qemu-img", "--version").splitlines()[0] + f", {THREADS} processors, {arguments.rounds} rounds\n")
+    version = run("qemu-img", "--version").splitlines()[0]
+    print(f"{machine(arguments.directory)}, {version}, {arguments.rounds} rounds\n")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         bench = Bench(pathlib.Path(name), Table(arguments.rounds), arguments.scale)
         for wanted in names:

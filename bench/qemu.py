@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import time
@@ -24,6 +23,13 @@ def missing() -> str | None:
 def version() -> str:
     output = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=True).stdout
     return output.split("\n")[0]
+
+
+def discards() -> dict[str, Any]:
+    """Options of a backup job that lets go of what it has copied, as ours does; QEMU can do that since 9.1."""
+    match = re.search(r"version (\d+)\.(\d+)", version())
+    assert match, version()
+    return {"discard-source": True} if (int(match[1]), int(match[2])) >= (9, 1) else {}
 
 
 def bench(options: str, count: int, depth: int, size: int, step: int) -> float:
@@ -99,6 +105,10 @@ class Daemon:
         except RuntimeError:
             self.call("blockdev-backup", job)
 
+    def run_backup(self, source: str, target: str, **options: Any) -> None:
+        self.backup(source, target, **options)
+        self.wait()
+
     def wait(self) -> None:
         """Until the job is gone; RuntimeError: it failed."""
         while True:
@@ -111,10 +121,10 @@ class Daemon:
             self.events.clear()
             self._read()
 
-    def memory(self) -> int:
-        """Resident bytes now."""
-        with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+    def writes(self, node: str) -> int:
+        """How many a node was asked for."""
+        stats = self.call("query-blockstats", {"query-nodes": True})
+        return sum(told["stats"].get("wr_operations", 0) for told in stats if told.get("node-name") == node)
 
     def cpu(self) -> float:
         """Seconds of processor time so far."""

@@ -1,11 +1,11 @@
 """pyfleece beside the bare system calls and QEMU, in one run.
 
-    python bench/vs_qemu.py [--directory DIR] [--rounds N] [--only NAME] [--json FILE] [--plot FILE.svg]
+    python bench/vs_qemu.py [--directory DIR] [--rounds N] [--only NAME] [--scale X] [--json FILE] [--plot FILE.svg]
 
 Prints a table in Markdown. Each round measures all sides in turn, on files that were warmed in the same way; a ratio is
 taken within its round; the median over the rounds is told, with the least and the most. Nobody syncs but where it says
-so. QEMU: qemu-img bench and qemu-storage-daemon, stock and with its malloc tuned. Needs gcc, about 12 GiB in DIR, and a
-machine that does nothing else.
+so. QEMU: qemu-img bench and qemu-storage-daemon, stock and with its malloc tuned. Needs gcc, fio with its nbd engine
+for "busy", about 12 GiB in DIR, and a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import json
 import os
 import pathlib
 import random
-import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import qemu
-from kit import build, machine, ratios, spread, timed
+from kit import build, machine, ratios, resident, resident_peak, spread, timed
 
 import pyfleece
 from pyfleece.load import Load
@@ -44,10 +47,15 @@ class Row:
 
 
 class Bench:
-    def __init__(self, directory: str, rounds: int) -> None:
+    def __init__(self, directory: str, rounds: int, scale: float) -> None:
         self.directory = directory
         self.rounds = rounds
+        self.scale = scale
         self.rows: list[Row] = []
+
+    def scaled(self, size: int) -> int:
+        """The size of a disk to back up."""
+        return max(int(size * self.scale) // MIB, 16) * MIB
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -103,7 +111,7 @@ def load(disk: pyfleece.Disk, **options: object) -> float:
 def c_program(b: Bench) -> None:
     """Our C API against the bare system calls, one thread."""
     program = build(b.directory, "first_touch")
-    for what, cluster, bare_goal in (("4 KiB cluster", 4096, None), ("64 KiB cluster", 65536, 1 / 1.4)):
+    for what, cluster, bare_goal in (("4 KiB cluster", 4096, None), ("64 KiB cluster", 65536, 1.4)):
         command = [program, b.path("disk.raw"), b.directory, "512", "4096", str(cluster), "64", "random"]
         output = subprocess.run([*command, str(b.rounds + 1)], check=True, capture_output=True, text=True).stdout
         runs = [json.loads(line) for line in output.splitlines()][1:]  # the first one warms up
@@ -165,82 +173,124 @@ def first_touch(b: Bench) -> None:
 # ---- backups ----
 
 
-def our_backup(b: Bench, source: str, target: str, **options: object) -> float:
+def remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(target)
+        os.unlink(path)
+
+
+def copy(snapshot: pyfleece.Snapshot, target: str, **options: object) -> tuple[float, float]:
+    """Seconds until all was copied, and until the backup was done, which is when it is on stable storage."""
+    begin = time.perf_counter()
+    with pyfleece.Backup(snapshot, target, **options) as job:  # type: ignore[arg-type]
+        while not job.done and job.progress.fraction < 1:
+            time.sleep(0.001)
+        copied = time.perf_counter() - begin
+        job.wait()
+        return copied, time.perf_counter() - begin
+
+
+def our_backup(source: str, target: str, **options: object) -> tuple[float, float]:
+    remove(target)
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(pyfleece.open(source, format="raw"))
         disk = stack.enter_context(pyfleece.Disk(image, bitmap_file=False))
         snapshot = stack.enter_context(disk.snapshot("memory"))
-        return timed(lambda: pyfleece.backup(snapshot, target, **options))  # type: ignore[arg-type]
+        return copy(snapshot, target, **options)
 
 
-def qemu_backup(
-    b: Bench, source: str, target: str, size: int, tuned: bool, direct: bool = False
-) -> tuple[float, float]:
-    """Seconds, and seconds of processor time."""
+def qemu_backup(b: Bench, source: str, target: str, size: int, tuned: bool) -> tuple[float, float]:
     b.fresh(os.path.basename(target), size, "none")
     with qemu.Daemon(tuned) as daemon:
-        daemon.add_file("src", source, direct)
-        daemon.add_file("tgt", target, direct)
-        before = daemon.cpu()
+        daemon.add_file("src", source)
+        daemon.add_file("tgt", target)
+        return with_sync(target, lambda: daemon.run_backup("src", "tgt"))
 
-        def run() -> None:
-            daemon.backup("src", "tgt")
-            daemon.wait()
 
-        return timed(run), daemon.cpu() - before
+def with_sync(target: str, function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and seconds with a sync of the target."""
+    seconds = timed(function)
+    return seconds, seconds + timed(lambda: subprocess.run(["sync", target], check=True))
 
 
 def idle_backup(b: Bench) -> None:
-    size = 4 * GIB
+    size = b.scaled(4 * GIB)
     source, target = b.fresh("half.raw", size, "half"), b.path("target.raw")
-    t: dict[str, list[float]] = {"cp": [], "ours": [], "stock": [], "tuned": [], "cpu": [], "qemu_cpu": []}
+
+    def cp() -> tuple[float, float]:
+        remove(target)
+        command = ["cp", "--sparse=always", "--reflink=never", source, target]
+        return with_sync(target, lambda: subprocess.run(command, check=True))
+
+    sides: dict[str, Callable[[], tuple[float, float]]] = {
+        "cp": cp,
+        "ours": lambda: our_backup(source, target),
+        "stock": lambda: qemu_backup(b, source, target, size, False),
+        "tuned": lambda: qemu_backup(b, source, target, size, True),
+    }
+    copied: dict[str, list[float]] = {name: [] for name in sides}
+    synced: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(b.rounds + 1):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(target)
+        for name, side in sides.items():
+            os.sync()                                       # nobody pays for what another one left
+            seconds = side()
+            if number:                                      # the first one warms up
+                copied[name].append(seconds[0])
+                synced[name].append(seconds[1])
+    remove(target)
+    what = f"idle backup, {size / GIB:g} GiB half holes"
+    told = ratios(copied["ours"], copied["cp"])
+    b.add(f"{what}, until all is copied / cp --sparse=always", told, 1.1, least=False, **copied)
+    told = ratios(synced["ours"], synced["cp"])
+    b.add("the same, all on stable storage / cp --sparse=always and sync", told, 1.1, least=False, **synced)
+    b.add("the same, until all is copied: QEMU stock / ours", ratios(copied["stock"], copied["ours"]), 3)
+    b.add("the same, until all is copied: QEMU tuned / ours", ratios(copied["tuned"], copied["ours"]), 1.6)
+    os.unlink(source)
 
-        def copy() -> None:  # and sync, as our backup does
-            subprocess.run(["cp", "--sparse=always", "--reflink=never", source, target], check=True)
-            subprocess.run(["sync", target], check=True)
 
-        row = {"cp": timed(copy), "ours": our_backup(b, source, target)}
-        row["stock"] = qemu_backup(b, source, target, size, False)[0]
-        row["tuned"] = qemu_backup(b, source, target, size, True)[0]
-        if number:  # the first one warms up
-            for name, seconds in row.items():
-                t[name].append(seconds)
-    told = {name: t[name] for name in ("ours", "cp", "stock", "tuned")}
-    b.add(
-        "idle backup, 4 GiB half holes, wall / cp --sparse=always and sync",
-        ratios(t["ours"], t["cp"]),
-        1.1,
-        least=False,
-        **told,
-    )
-    b.add("the same: QEMU stock / ours", ratios(t["stock"], t["ours"]), 3)
-    b.add("the same: QEMU tuned / ours", ratios(t["tuned"], t["ours"]), 1.6)
-    for _ in range(b.rounds):
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(target)
+def direct_backup(b: Bench) -> None:
+    """Around the page cache. Everybody is at the disk's speed: what differs is the processor time."""
+    size = b.scaled(4 * GIB)
+    source, target = b.fresh("half.raw", size, "half"), b.path("target.raw")
+
+    def ours() -> tuple[float, float]:
+        """Seconds, and seconds of processor time, in user mode and in the kernel."""
+        remove(target)
         with contextlib.ExitStack() as stack:
             image = stack.enter_context(pyfleece.open(source, format="raw", direct=True))
             disk = stack.enter_context(pyfleece.Disk(image, bitmap_file=False))
             snapshot = stack.enter_context(disk.snapshot("memory"))
             to = stack.enter_context(pyfleece.create(target, size, direct=True))
-            pyfleece.backup(snapshot, to, target_is_zero=True)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        t["cpu"].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        t["qemu_cpu"].append(qemu_backup(b, source, target, size, True, direct=True)[1])
-    b.add(
-        "CPU of an O_DIRECT backup, ours / QEMU tuned",
-        ratios(t["cpu"], t["qemu_cpu"]),
-        0.5,
-        least=False,
-        ours=t["cpu"],
-        qemu=t["qemu_cpu"],
-    )
+            before = time.process_time()
+            seconds = timed(lambda: pyfleece.backup(snapshot, to, target_is_zero=True))
+            return seconds, time.process_time() - before
+
+    def theirs(tuned: bool) -> tuple[float, float]:
+        b.fresh(os.path.basename(target), size, "none")
+        with qemu.Daemon(tuned) as daemon:
+            daemon.add_file("src", source, direct=True)
+            daemon.add_file("tgt", target, direct=True)
+            before = daemon.cpu()
+            seconds = timed(lambda: daemon.run_backup("src", "tgt"))
+            return seconds, daemon.cpu() - before
+
+    sides: dict[str, Callable[[], tuple[float, float]]] = {
+        "ours": ours,
+        "stock": lambda: theirs(False),
+        "tuned": lambda: theirs(True),
+    }
+    wall: dict[str, list[float]] = {f"{name}_wall": [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(b.rounds + 1):
+        for name, side in sides.items():
+            os.sync()
+            seconds, used = side()
+            if number:
+                wall[f"{name}_wall"].append(seconds)
+                cpu[name].append(used)
+    what = f"O_DIRECT backup, {size / GIB:g} GiB half holes, seconds of CPU"
+    b.add(f"{what}, ours / QEMU stock", ratios(cpu["ours"], cpu["stock"]), 0.5, least=False, **cpu, **wall)
+    b.add("the same, ours / QEMU tuned", ratios(cpu["ours"], cpu["tuned"]), 0.5, least=False)
+    remove(target)
     os.unlink(source)
 
 
@@ -252,7 +302,7 @@ def empty_backup(b: Bench) -> None:
     except OSError:
         size = 8 << 40
         os.truncate(source, size)
-    times = [our_backup(b, source, b.path("target.raw")) for _ in range(b.rounds)]
+    times = [our_backup(source, b.path("target.raw"))[1] for _ in range(b.rounds)]
     b.add(f"whole backup of an empty sparse disk of {size >> 40} TiB, seconds", times, 0.5, least=False, unit=" s")
     with b.disk(source) as disk:
         cuts, memory = [], []
@@ -267,124 +317,137 @@ def empty_backup(b: Bench) -> None:
     os.unlink(source)
 
 
-def resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+@dataclass
+class Busy:
+    """What a guest and a backup did to each other."""
+
+    kept: float                                             # of the guest's own rate
+    p99: float                                              # of the guest's writes, microseconds
+    worst: float
+    copied: float                                           # seconds until all was copied
+    synced: float                                           # and until the target was synced
+    peak: float                                             # of the fleecing file, MiB
+    memory: float                                           # ours: of the stage; QEMU: of the process. The most, MiB
 
 
 def busy_backup(b: Bench) -> None:
-    """A backup while a guest writes 4 KiB at random as fast as it can."""
-    size = 2 * GIB
+    """A backup while a guest writes 4 KiB at random as fast as it can, one write at a time."""
+    if shutil.which("fio") is None or "nbd" not in fio("--enghelp"):
+        print("no fio with an nbd engine here: no guest for QEMU", file=sys.stderr)
+        return
+    size = b.scaled(2 * GIB)
     source, target = b.fresh("busy.raw", size), b.path("target.raw")
-    t: dict[str, list[float]] = {
-        name: [] for name in ("kept", "seconds", "p99", "peak", "q_kept", "q_seconds", "q_peak")
-    }
+    runs = {"ours": busy_ours, "qemu": busy_qemu}
+    sides: dict[str, list[Busy]] = {name: [] for name in runs}
     for _ in range(b.rounds):
-        with b.disk(source) as disk:
-            with Load(disk, threads=1, seed=1) as one:
-                one.wait(3)
-                plain = one.stop().rate
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(target)
-            with disk.snapshot(b.directory) as snapshot, Load(disk, threads=1, seed=2) as one:
-                t["seconds"].append(timed(lambda: pyfleece.backup(snapshot, target)))
-                stats = one.stop()
-                t["peak"].append(snapshot.stats.fleecing_peak / MIB)
-        t["kept"].append(stats.rate / plain)
-        t["p99"].append(stats.latency.percentile(99) * 1e6)
-        kept, seconds, peak = busy_qemu(b, source, target, size)
-        t["q_kept"].append(kept)
-        t["q_seconds"].append(seconds)
-        t["q_peak"].append(peak)
-    b.add(
-        "backup under random 4 KiB writes: what the guest keeps of its rate",
-        t["kept"],
-        0.5,
-        ours=t["kept"],
-        qemu=t["q_kept"],
-    )
-    b.add(
-        "the same: backup time, ours / QEMU",
-        ratios(t["seconds"], t["q_seconds"]),
-        1,
-        least=False,
-        ours=t["seconds"],
-        qemu=t["q_seconds"],
-    )
-    b.add(
-        "the same: peak of the fleecing file, ours / QEMU",
-        [a / max(q, 1) for a, q in zip(t["peak"], t["q_peak"])],
-        1 / 16,
-        least=False,
-        ours_MiB=t["peak"],
-        qemu_MiB=t["q_peak"],
-    )
+        for name, run in runs.items():
+            os.sync()
+            sides[name].append(run(b, source, target, size))
+    remove(target)
+
+    def column(side: str, field: str) -> list[float]:
+        return [getattr(one, field) for one in sides[side]]
+
+    def both(*fields: str) -> dict[str, list[float]]:
+        return {f"{side}_{field}": column(side, field) for field in fields for side in sides}
+
+    def compare(field: str) -> list[float]:
+        return ratios(column("ours", field), [max(figure, 1e-9) for figure in column("qemu", field)])
+
+    what = f"backup of {size / GIB:g} GiB under random 4 KiB writes"
+    b.add(f"{what}: what the guest keeps of its rate", column("ours", "kept"), 0.5, **both("kept"))
+    told = both("p99", "worst")
+    b.add("the same: p99 of the guest's writes, us, ours / QEMU", compare("p99"), 0.2, least=False, **told)
+    told = both("copied", "synced")
+    b.add("the same: seconds until all is copied, ours / QEMU", compare("copied"), 1, least=False, **told)
+    told = both("peak", "memory")
+    b.add("the same: peak of the fleecing file, MiB, ours / QEMU", compare("peak"), 1 / 16, least=False, **told)
     os.unlink(source)
 
 
-def busy_qemu(b: Bench, source: str, target: str, size: int) -> tuple[float, float, float]:
-    """The guest is qemu-img bench over NBD. Its share, the backup's seconds, and the peak in MiB."""
+def busy_ours(b: Bench, source: str, target: str, size: int) -> Busy:
+    remove(target)
+    with b.disk(source) as disk:
+        with Load(disk, seed=1) as guest:
+            guest.wait(3)
+            plain = guest.stop().rate
+        with disk.snapshot(b.directory) as snapshot, Load(disk, seed=2) as guest:
+            copied, synced = copy(snapshot, target)
+            seen, stats = guest.stop(), snapshot.stats
+    longest = seen.latency.max * 1e6
+    peaks = stats.fleecing_peak / MIB, stats.staged_peak / MIB
+    return Busy(seen.rate / plain, seen.latency.p99 * 1e6, longest, copied, synced, *peaks)
+
+
+def busy_qemu(b: Bench, source: str, target: str, size: int) -> Busy:
+    """The guest is fio, over NBD."""
     fleecing, socket = b.fresh("fleecing.raw", size, "none"), b.path("nbd.sock")
     b.fresh("target.raw", size, "none")
+    remove(socket)
     with qemu.Daemon(tuned=True) as daemon:
         daemon.add_file("src", source)
         daemon.add_file("flc", fleecing)
         daemon.add_file("tgt", target)
         daemon.add("cbw", "copy-before-write", file="src", target="flc")
-        daemon.add("snap", "snapshot-access", file="cbw")
+        daemon.add("snap", "snapshot-access", file="cbw", discard="unmap")
         daemon.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": socket}}})
-        for name, node in (("plain", "src"), ("guest", "cbw")):
-            daemon.call(
-                "block-export-add", {"id": name, "type": "nbd", "node-name": node, "name": name, "writable": True}
-            )
-            if name == "plain":
-                plain = guest_rate(socket, "plain", 3)
-                daemon.call("block-export-del", {"id": "plain"})
-        guest = subprocess.Popen(guest_command(socket, "guest", 10**9), stdout=subprocess.DEVNULL)
-        written = daemon_writes(daemon)
 
-        def run() -> None:
-            daemon.backup("snap", "tgt")
-            daemon.wait()
+        def export(name: str, node: str) -> list[str]:
+            what = {"id": name, "type": "nbd", "node-name": node, "name": name, "writable": True}
+            daemon.call("block-export-add", what)
+            options = ["--name=guest", "--ioengine=nbd", f"--uri=nbd+unix:///{name}?socket={socket}", f"--size={size}"]
+            options += ["--rw=randwrite", "--bs=4k", "--iodepth=1", "--norandommap", "--invalidate=0", "--time_based"]
+            return [*options, "--output-format=json"]
 
-        seconds = timed(run)
-        writes = daemon_writes(daemon) - written
-        guest.kill()
-        guest.wait()
-    return writes / seconds / plain, seconds, os.stat(fleecing).st_blocks * 512 / MIB
-
-
-def guest_command(socket: str, export: str, count: int) -> list[str]:
-    options = f"driver=nbd,server.type=unix,server.path={socket},export={export}"
-    return [
-        "qemu-img",
-        "bench",
-        "-w",
-        "-t",
-        "writeback",
-        "-c",
-        str(count),
-        "-d",
-        "1",
-        "-s",
-        "4096",
-        "-S",
-        "69632",
-        "--image-opts",
-        options,
-    ]
+        plain = json_of(fio(*export("plain", "src"), "--runtime=3"))["iops"]
+        daemon.call("block-export-del", {"id": "plain"})
+        command = ["fio", *export("guest", "cbw"), "--runtime=3600"]
+        guest = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            while not daemon.writes("cbw"):
+                if guest.poll() is not None:
+                    raise RuntimeError("fio ended")
+                time.sleep(0.001)
+            with highest(lambda: os.stat(fleecing).st_blocks * 512 / MIB) as peak:
+                copied, synced = with_sync(target, lambda: daemon.run_backup("snap", "tgt", **qemu.discards()))
+            guest.send_signal(signal.SIGINT)                # it tells what it did
+            seen = json_of(guest.communicate()[0])
+        finally:
+            guest.kill()
+            guest.wait()
+        memory = resident_peak(daemon.process.pid) / MIB
+    latency = seen["clat_ns"]
+    p99, worst = latency["percentile"]["99.000000"] / 1000, latency["max"] / 1000
+    return Busy(seen["iops"] / plain, p99, worst, copied, synced, peak[0], memory)
 
 
-def guest_rate(socket: str, export: str, seconds: float) -> float:
-    count = 20_000
-    output = subprocess.run(guest_command(socket, export, count), capture_output=True, text=True, check=True).stdout
-    return count / float(output.split("Run completed in ")[1].split()[0])
+def fio(*options: str) -> str:
+    return subprocess.run(["fio", *options], capture_output=True, text=True, check=True).stdout
 
 
-def daemon_writes(daemon: qemu.Daemon) -> int:
-    """Writes that guests asked for, of all exports."""
-    stats = daemon.call("query-blockstats", {"query-nodes": True})
-    return sum(node["stats"].get("wr_operations", 0) for node in stats if node.get("node-name") == "cbw")
+def json_of(output: str) -> dict[str, Any]:
+    """What fio says about writes."""
+    told: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]["write"]
+    return told
+
+
+@contextlib.contextmanager
+def highest(sample: Callable[[], float]) -> Iterator[list[float]]:
+    """A list whose only element is the highest value so far."""
+    seen, over = [sample()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            seen[0] = max(seen[0], sample())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+    seen[0] = max(seen[0], sample())
 
 
 # ---- incremental ----
@@ -432,6 +495,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "c": c_program,
     "first": first_touch,
     "idle": idle_backup,
+    "direct": direct_backup,
     "empty": empty_backup,
     "busy": busy_backup,
     "incremental": incremental,
@@ -462,6 +526,7 @@ def main() -> None:
     parser.add_argument("--directory", default="/var/tmp", help="on the file system to measure (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=SECTIONS, action="append")
+    parser.add_argument("--scale", type=float, default=1.0, help="for a quick look: smaller disks for backups")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     options = parser.parse_args()
@@ -469,15 +534,16 @@ def main() -> None:
     if absent:
         print(f"{absent} is not here: nothing to compare with", file=sys.stderr)
         return
-    print(f"{machine()}; {qemu.version()}; {shutil.disk_usage(options.directory).free >> 30} GiB free\n")
+    print(f"{machine(options.directory)}, {qemu.version()}\n")
     print("| what | goal | median (least to most) | met | medians of the sides |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        bench = Bench(directory, options.rounds)
+        bench = Bench(directory, options.rounds, options.scale)
         for name, section in SECTIONS.items():
             if not options.only or name in options.only:
                 section(bench)
     if options.json:
-        told = {"machine": machine(), "qemu": qemu.version(), "rows": [asdict(row) for row in bench.rows]}
+        told = {"machine": machine(options.directory), "qemu": qemu.version()}
+        told["rows"] = [asdict(row) for row in bench.rows]
         pathlib.Path(options.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     if options.plot:
         plot(bench.rows, options.plot)

@@ -1,0 +1,97 @@
+"""The benchmarks in bench/ work: each runs once, with little to do. No speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import require
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(directory: Path, *command: str | os.PathLike[str]) -> str:
+    """What a Python program of the benchmarks prints."""
+    environment = {**os.environ, "BENCH_DIRECTORY": os.fspath(directory)}
+    words = [sys.executable, *map(os.fspath, command)]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any(directory.iterdir()), "nothing is left behind"
+    return done.stdout
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in a Markdown text, without their heads."""
+    lines = text.splitlines()
+    heads = {index - 1 for index, line in enumerate(lines) if line.startswith("|---")}
+    kept = [line for index, line in enumerate(lines) if line.startswith("|") and index not in heads]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in kept if not line.startswith("|---")]
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def test_parts(work):
+    """All of them pass; the ordinary run of the tests does not collect them."""
+    require("gcc")
+    options = ["-q", "-p", "no:cacheprovider", "--durations=0"]
+    told = run(work, "-m", "pytest", "bench", "--benchmark-disable", *options)
+    assert "skipped" not in told and "passed" in told
+    collected = run(work, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", "test_first_touch")
+    assert "bench" not in collected
+
+
+def test_table_of_parts(work):
+    told = run(work, "bench/parts.py", "--directory", work, "-k", "test_test", "-p", "no:cacheprovider")
+    (group, only) = rows(told)
+    assert group[0] == "**bitmap in C, random bits**"
+    assert only[0] == "test" and only[3] == "1.00"
+
+
+def test_scaling(work, tmp_path):
+    path = tmp_path / "scaling.json"
+    told = run(work, "bench/scaling.py", "--directory", work, "--quick", "--rounds", "1", "--json", path)
+    tables = json.loads(path.read_text())["tables"]
+    assert list(tables) == ["size", "extents", "dirty", "workers", "disks"]
+    assert [row[0] for row in rows(told)] == [point for points in tables.values() for point in points]
+    for points in tables.values():
+        for columns in points.values():
+            assert all(len(figures) == 1 and figures[0] >= 0 for figures in columns.values())
+
+
+COMMANDS = """Before.
+
+<!-- begin: python bench/nothing.py -->
+old, kept
+<!-- end -->
+
+<!-- begin: python bench/scaling.py --only workers --quick --rounds 1 -->
+old
+<!-- end -->
+After.
+"""
+
+
+def test_report_replaces_what_a_command_printed(work, tmp_path):
+    document = tmp_path / "performance.md"
+    document.write_text(COMMANDS)
+    run(work, "bench/report.py", "--documents", tmp_path, "--directory", work, "workers")
+    text = document.read_text()
+    begin, end = text.index("rounds 1 -->\n"), text.index("<!-- end -->\nAfter.")
+    assert "old, kept\n<!-- end -->" in text and text.startswith("Before.\n") and text.endswith("After.\n")
+    assert [row[0] for row in rows(text[begin:end])] == ["1", "16"]
+
+
+def test_report_knows_the_commands_of_the_documents(work):
+    """Each begins with a program that is there."""
+    listed = run(work, "bench/report.py", "--list").splitlines()
+    commands = [line.partition(": ")[2].split() for line in listed]
+    assert len(commands) > 5
+    assert all(python == "python" and (ROOT / program).is_file() for python, program, *_ in commands)
