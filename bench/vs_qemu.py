@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import qemu
-from kit import build, machine, ratios, resident, resident_peak, spread, timed
+from kit import build, copy, machine, ratios, resident, resident_peak, spread, timed
 
 import pyfleece
 from pyfleece.load import Load
@@ -176,17 +176,6 @@ def first_touch(b: Bench) -> None:
 def remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def copy(snapshot: pyfleece.Snapshot, target: str, **options: object) -> tuple[float, float]:
-    """Seconds until all was copied, and until the backup was done, which is when it is on stable storage."""
-    begin = time.perf_counter()
-    with pyfleece.Backup(snapshot, target, **options) as job:  # type: ignore[arg-type]
-        while not job.done and job.progress.fraction < 1:
-            time.sleep(0.001)
-        copied = time.perf_counter() - begin
-        job.wait()
-        return copied, time.perf_counter() - begin
 
 
 def our_backup(source: str, target: str, **options: object) -> tuple[float, float]:
