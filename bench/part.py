@@ -35,12 +35,13 @@ def measure(
     function: Callable[[], object],
     setup: Callable[[], None] | None = None,
     rounds: int = 7,
+    floor: bool = False,
 ) -> None:
-    """Time `function`, which does so many operations; `setup` runs before each round, and is not timed. The first one
-    of a group is what bench/parts.py compares the others with.
+    """Time `function`, which does so many operations; `setup` runs before each round, and is not timed. `floor`: this
+    is what bench/parts.py compares the others of the group with.
     """
     benchmark.group = group
-    benchmark.extra_info.update(what=what, operations=operations)
+    benchmark.extra_info.update(what=what, operations=operations, floor=floor)
     benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
 
 

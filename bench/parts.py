@@ -4,8 +4,8 @@
 
 Runs `python -m pytest bench --benchmark-only` (which works as well, and has pytest-benchmark's own tables, histograms
 and comparisons; BENCH_DIRECTORY says where the files go), and prints a table in Markdown: the time of one operation,
-median, least and most over the rounds, and how many of the first one of its group it is. Needs gcc, pytest-benchmark,
-and about 1.5 GiB in DIR. One side is measured after the other, so small differences mean nothing: vs_qemu.py takes
+median, least and most over the rounds, and how often the bare system call would fit in. Needs gcc, pytest-benchmark,
+and about 1 GiB in DIR. One side is measured after the other, so small differences mean nothing: vs_qemu.py takes
 turns.
 """
 
@@ -44,19 +44,21 @@ def main() -> None:
             sys.exit(done.returncode)
         results = json.loads(path.read_text(encoding="utf-8"))
     print(f"{machine(options.directory)}, Python {sys.version.split()[0]}\n")
-    print("| what | one operation | least to most | of the first |\n|---|---|---|---|")
-    groups: dict[str, list[tuple[str, list[float]]]] = {}
+    print("| what | one operation | least to most | of the system call |\n|---|---|---|---|")
+    groups: dict[str, dict[str, list[float]]] = {}
+    floors: dict[str, float] = {}
     for entry in results["benchmarks"]:
-        more = entry["extra_info"]
+        group, more = entry["group"], entry["extra_info"]
         times = [seconds / more["operations"] for seconds in entry["stats"]["data"]]
-        groups.setdefault(entry["group"], []).append((more["what"], times))
+        groups.setdefault(group, {})[more["what"]] = times
+        if more["floor"]:
+            floors[group] = statistics.median(times)
     for group, members in groups.items():
         print(f"| **{group}** | | | |")
-        first = statistics.median(members[0][1])
-        for what, times in members:
+        for what, times in members.items():
             median = statistics.median(times)
-            told = f"{duration(median)} | {duration(min(times))} to {duration(max(times))} | {median / first:.2f}"
-            print(f"| {what} | {told} |")
+            ratio = f"{median / floors[group]:.3g}" if group in floors else ""
+            print(f"| {what} | {duration(median)} | {duration(min(times))} to {duration(max(times))} | {ratio} |")
 
 
 if __name__ == "__main__":

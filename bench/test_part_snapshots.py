@@ -43,7 +43,7 @@ def test_read_of_the_file(benchmark, source, read):
             return os.preadv(file.fileno(), [buffer], offset)
 
         function = functools.partial(read_each, preadv, READS[read], offsets)
-        measure(benchmark, f"read of {read}", "os.preadv of the disk's file", len(offsets), function)
+        measure(benchmark, f"read of {read}", "os.preadv of the disk's file", len(offsets), function, floor=True)
 
 
 @pytest.mark.parametrize("read", READS)

@@ -15,6 +15,9 @@ from contextlib import ExitStack
 import pytest
 from part import KIB, MIB, fill, measure, open_disk, shuffled, workplace
 
+import pyfleece
+
+STAGE = 32 * MIB
 CLUSTERS = {"4 KiB": 4 * KIB, "16 KiB": 16 * KIB, "64 KiB": 64 * KIB, "4 MiB": 4 * MIB}
 DATA = os.urandom(4 * KIB)
 
@@ -22,13 +25,17 @@ DATA = os.urandom(4 * KIB)
 @pytest.fixture(scope="module")
 def source(request) -> Iterator[str]:
     with workplace() as directory:
-        size = (8 if request.config.option.benchmark_disable else 512) * MIB
+        size = (8 if request.config.option.benchmark_disable else 256) * MIB
         yield fill(os.path.join(directory, "disk.raw"), size)
 
 
 def write_each(write: Callable[[bytes, int], int], offsets: list[int]) -> None:
     for offset in offsets:
         write(DATA, offset)
+
+
+def cut(disk: pyfleece.Disk, source: str, cluster: str) -> pyfleece.Snapshot:
+    return disk.snapshot(os.path.dirname(source), cluster_size=CLUSTERS[cluster], stage_size=STAGE)
 
 
 def group(cluster: str) -> str:
@@ -41,7 +48,7 @@ def test_system_call(benchmark, source, cluster):
     fd = os.open(source, os.O_WRONLY)
     try:
         function = functools.partial(write_each, functools.partial(os.pwrite, fd), offsets)
-        measure(benchmark, group(cluster), "os.pwrite", len(offsets), function)
+        measure(benchmark, group(cluster), "os.pwrite", len(offsets), function, floor=True)
     finally:
         os.close(fd)
     with open(source, "rb") as file:
@@ -59,11 +66,11 @@ def test_no_snapshot(benchmark, source, cluster):
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_first_touch(benchmark, source, cluster):
     offsets = shuffled(os.path.getsize(source) // CLUSTERS[cluster], CLUSTERS[cluster])
-    with open_disk(source) as disk, ExitStack() as cut:
+    with open_disk(source) as disk, ExitStack() as stack:
 
         def setup() -> None:
-            cut.close()
-            cut.enter_context(disk.snapshot(os.path.dirname(source), cluster_size=CLUSTERS[cluster]))
+            stack.close()
+            stack.enter_context(cut(disk, source, cluster))
 
         function = functools.partial(write_each, disk.pwrite, offsets)
         measure(benchmark, group(cluster), "Disk.pwrite, first touch", len(offsets), function, setup)
@@ -72,7 +79,7 @@ def test_first_touch(benchmark, source, cluster):
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_copied_before(benchmark, source, cluster):
     offsets = shuffled(os.path.getsize(source) // CLUSTERS[cluster], CLUSTERS[cluster])
-    with open_disk(source) as disk, disk.snapshot(os.path.dirname(source), cluster_size=CLUSTERS[cluster]) as snapshot:
+    with open_disk(source) as disk, cut(disk, source, cluster) as snapshot:
         write_each(disk.pwrite, offsets)
         saved = snapshot.stats.clusters_saved
         assert saved == len(offsets)

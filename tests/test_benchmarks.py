@@ -49,10 +49,11 @@ def test_parts(work):
 
 
 def test_table_of_parts(work):
-    told = run(work, "bench/parts.py", "--directory", work, "-k", "test_test", "-p", "no:cacheprovider")
-    (group, only) = rows(told)
-    assert group[0] == "**bitmap in C, random bits**"
-    assert only[0] == "test" and only[3] == "1.00"
+    told = run(work, "bench/parts.py", "--directory", work, "-k", "test_call and nothing", "-p", "no:cacheprovider")
+    head, floor, *others = rows(told)
+    assert head[0] == "**write of nothing, no snapshot**"
+    assert floor[0] == "C loop, pwrite" and floor[3] == "1"
+    assert len(others) == 4 and all(float(row[3]) > 0 for row in others)
 
 
 def test_scaling(work, tmp_path):
