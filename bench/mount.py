@@ -115,8 +115,7 @@ def qemu_export(directory: str, snapshot: bool, kind: str) -> Iterator[Target]:
             try:
                 yield Target(path=path)
             finally:
-                daemon.call("block-export-del", {"id": "e"})
-                qemu_gone(daemon)
+                daemon.end_export("e")          # it is unmounted then
             return
         socket = os.path.join(directory, "nbd.sock")
         with contextlib.suppress(FileNotFoundError):
@@ -124,12 +123,6 @@ def qemu_export(directory: str, snapshot: bool, kind: str) -> Iterator[Target]:
         daemon.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": socket}}, "max-connections": 16})
         daemon.call("block-export-add", {**export, "name": "e"})
         yield Target(uri=f"nbd+unix:///e?socket={socket}")
-
-
-def qemu_gone(daemon: qemu.Daemon) -> None:
-    """Wait until an export was deleted: it is unmounted then."""
-    while daemon.call("query-block-exports"):
-        pass
 
 
 def sides(directory: str, snapshot: bool, without: set[str]) -> dict[str, contextlib.AbstractContextManager[Target]]:

@@ -226,7 +226,7 @@ def idle_backup(b: Bench) -> None:
                 copied[name].append(seconds[0])
                 synced[name].append(seconds[1])
     remove(target)
-    what = f"idle backup, {size / GIB:g} GiB half holes"
+    what = f"idle backup, {size / GIB:.3g} GiB half holes"
     told = ratios(copied["ours"], copied["cp"])
     b.add(f"{what}, until all is copied / cp --sparse=always", told, 1.1, least=False, **copied)
     told = ratios(synced["ours"], synced["cp"])
@@ -276,7 +276,7 @@ def direct_backup(b: Bench) -> None:
             if number:
                 wall[f"{name}_wall"].append(seconds)
                 cpu[name].append(used)
-    what = f"O_DIRECT backup, {size / GIB:g} GiB half holes, seconds of CPU"
+    what = f"O_DIRECT backup, {size / GIB:.3g} GiB half holes, seconds of CPU"
     b.add(f"{what}, ours / QEMU stock", ratios(cpu["ours"], cpu["stock"]), 0.5, least=False, **cpu, **wall)
     b.add("the same, ours / QEMU tuned", ratios(cpu["ours"], cpu["tuned"]), 0.5, least=False)
     remove(target)
@@ -343,7 +343,7 @@ def busy_backup(b: Bench) -> None:
     def compare(field: str) -> list[float]:
         return ratios(column("ours", field), [max(figure, 1e-9) for figure in column("qemu", field)])
 
-    what = f"backup of {size / GIB:g} GiB under random 4 KiB writes"
+    what = f"backup of {size / GIB:.3g} GiB under random 4 KiB writes"
     b.add(f"{what}: what the guest keeps of its rate", column("ours", "kept"), 0.5, **both("kept"))
     told = both("p99", "worst")
     b.add("the same: p99 of the guest's writes, us, ours / QEMU", compare("p99"), 0.2, least=False, **told)
@@ -377,8 +377,6 @@ def busy_qemu(b: Bench, source: str, target: str, size: int) -> Busy:
         daemon.add_file("src", source)
         daemon.add_file("flc", fleecing)
         daemon.add_file("tgt", target)
-        daemon.add("cbw", "copy-before-write", file="src", target="flc")
-        daemon.add("snap", "snapshot-access", file="cbw", discard="unmap")
         daemon.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": socket}}})
 
         def export(name: str, node: str) -> list[str]:
@@ -389,11 +387,13 @@ def busy_qemu(b: Bench, source: str, target: str, size: int) -> Busy:
             return [*options, "--output-format=json"]
 
         plain = json_of(fio(*export("plain", "src"), "--runtime=3"))["iops"]
-        daemon.call("block-export-del", {"id": "plain"})
+        daemon.end_export("plain")
+        daemon.add("cbw", "copy-before-write", file="src", target="flc")
+        daemon.add("snap", "snapshot-access", file="cbw", discard="unmap")
         command = ["fio", *export("guest", "cbw"), "--runtime=3600"]
         guest = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
-            while not daemon.writes("cbw"):
+            while not os.stat(fleecing).st_blocks:          # its first write has not come yet
                 if guest.poll() is not None:
                     raise RuntimeError("fio ended")
                 time.sleep(0.001)
