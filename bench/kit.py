@@ -47,7 +47,7 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def copy(snapshot: pyfleece.Snapshot, target: str, **options: Any) -> tuple[float, float]:
+def copy(snapshot: pyfleece.Snapshot, target: str | pyfleece.Image, **options: Any) -> tuple[float, float]:
     """Back up. Seconds until all was copied, and until the backup was done, which is when it is on stable storage."""
     begin = time.perf_counter()
     with pyfleece.Backup(snapshot, target, **options) as job:
