@@ -11,7 +11,7 @@ ARGS ?=
 # Command or file, and the Debian package that has it.
 demo: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev
 test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/include/zstd.h:libzstd-dev qemu-img:qemu-utils losetup:mount spin:spin \
-    /usr/include/fuse3/fuse_lowlevel.h:libfuse3-dev fusermount3:fuse3 rsync:rsync fio:fio git:git sqlite3:sqlite3 \
+    /usr/include/fuse3/fuse_lowlevel.h:libfuse3-dev fusermount3:fuse3 rsync:rsync fio:fio qemu-storage-daemon:qemu-system-common git:git sqlite3:sqlite3 \
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
     /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross \
     nbdkit:nbdkit nbdcopy:libnbd-bin qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio \

@@ -28,7 +28,7 @@ def loops() -> Iterator[ctypes.CDLL]:
 @pytest.fixture(scope="module")
 def disk(request) -> Iterator[pyfleece.Disk]:
     with workplace() as directory:
-        size = (1 if request.config.option.benchmark_disable else 128) * MIB
+        size = (1 if request.config.option.benchmark_disable else 32) * MIB
         with open_disk(fill(os.path.join(directory, "disk.raw"), size)) as disk:
             yield disk
 

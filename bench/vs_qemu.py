@@ -57,6 +57,11 @@ class Bench:
         """The size of a disk to back up."""
         return max(int(size * self.scale) // MIB, 16) * MIB
 
+    @property
+    def seconds(self) -> float:
+        """For which a guest runs alone."""
+        return min(max(3 * self.scale, 0.3), 3)
+
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
@@ -358,7 +363,7 @@ def busy_ours(b: Bench, source: str, target: str, size: int) -> Busy:
     remove(target)
     with b.disk(source) as disk:
         with Load(disk, seed=1) as guest:
-            guest.wait(3)
+            guest.wait(b.seconds)
             plain = guest.stop().rate
         with disk.snapshot(b.directory) as snapshot, Load(disk, seed=2) as guest:
             copied, synced = copy(snapshot, target)
@@ -386,7 +391,7 @@ def busy_qemu(b: Bench, source: str, target: str, size: int) -> Busy:
             options += ["--rw=randwrite", "--bs=4k", "--iodepth=1", "--norandommap", "--invalidate=0", "--time_based"]
             return [*options, "--output-format=json"]
 
-        plain = json_of(fio(*export("plain", "src"), "--runtime=3"))["iops"]
+        plain = json_of(fio(*export("plain", "src"), f"--runtime={round(b.seconds * 1000)}ms"))["iops"]
         daemon.end_export("plain")
         daemon.add("cbw", "copy-before-write", file="src", target="flc")
         daemon.add("snap", "snapshot-access", file="cbw", discard="unmap")

@@ -39,16 +39,14 @@ def work(tmp_path) -> Path:
 
 
 def test_parts(work):
-    """All of them pass; the ordinary run of the tests does not collect them."""
     require("gcc")
     options = ["-q", "-p", "no:cacheprovider", "--durations=0"]
     told = run(work, "-m", "pytest", "bench", "--benchmark-disable", *options)
     assert "skipped" not in told and "passed" in told
-    collected = run(work, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-k", "test_first_touch")
-    assert "bench" not in collected
 
 
 def test_table_of_parts(work):
+    require("gcc")
     told = run(work, "bench/parts.py", "--directory", work, "-k", "test_call and nothing", "-p", "no:cacheprovider")
     head, floor, *others = rows(told)
     assert head[0] == "**write of nothing, no snapshot**"
@@ -65,6 +63,16 @@ def test_scaling(work, tmp_path):
     for points in tables.values():
         for columns in points.values():
             assert all(len(figures) == 1 and figures[0] >= 0 for figures in columns.values())
+
+
+def test_backups_beside_qemu(work, tmp_path):
+    require("qemu-img", "qemu-storage-daemon", "fio")
+    path = tmp_path / "vs.json"
+    only = [word for name in ("idle", "direct", "empty", "busy") for word in ("--only", name)]
+    told = run(work, "bench/vs_qemu.py", "--directory", work, "--rounds", "1", "--scale", "0", "--json", path, *only)
+    found = json.loads(path.read_text())["rows"]
+    assert [row[0] for row in rows(told)] == [row["what"] for row in found]
+    assert len(found) == 13 and all(row["ratios"][0] >= 0 for row in found)
 
 
 COMMANDS = """Before.
