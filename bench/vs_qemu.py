@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import qemu
-from kit import build, copy, machine, ratios, resident, resident_peak, spread, timed
+from kit import build, copy, machine, ratios, resident, resident_peak, spread, timed, warm_memory
 
 import pyfleece
 from pyfleece.load import Load
@@ -129,8 +129,10 @@ def c_program(b: Bench) -> None:
                 0.85,
                 **told,
             )
-            b.add("write to a cluster copied before / plain write", ratios(column["again"], column["plain"]), 0.97)
-            b.add("write with no snapshot / plain write", ratios(column["idle"], column["plain"]), 0.99)
+            b.add(
+                "write to a cluster copied before / plain write", ratios(column["again"], column["plain_again"]), 0.97
+            )
+            b.add("write with no snapshot / plain write", ratios(column["idle"], column["plain_idle"]), 0.99)
         else:
             b.add(
                 f"first touch, {what} / bare read, copy, write",
@@ -153,9 +155,11 @@ def first_touch(b: Bench) -> None:
         columns: dict[str, list[float]] = {"qemu": [], "fine": [], "same": []}
         for _ in range(b.rounds):
             b.fresh("fleecing.raw", size, "none")
+            warm_memory(GIB)
             columns["qemu"].append(qemu.bench(qemu.first_touch(source, scratch), count, depth, block, step))
             with b.disk(source) as disk:
                 for name, cluster in (("fine", None), ("same", 65536)):
+                    warm_memory(GIB)
                     with disk.snapshot(b.directory, cluster_size=cluster):
                         options = {"block": block, "stride": step, "threads": depth, "order": "sequential"}
                         columns[name].append(load(disk, operations=count, **options))
