@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from kit import brief, copy, machine, resident, resident_peak, timed
+from kit import brief, copy, machine, resident, resident_peak, timed, warm_memory
 
 import pyfleece
 from pyfleece.load import Load
@@ -303,6 +303,8 @@ TABLES = {
 def in_a_process(name: str, directory: str, point: float, quick: bool) -> Figures:
     command = [sys.executable, __file__, "--directory", directory, "--point", name, repr(point)]
     command += ["--quick"] if quick else []
+    os.sync()
+    warm_memory(16 * MIB if quick else GIB)
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: Figures = json.loads(output)
     return figures

@@ -187,6 +187,12 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+def settle(size: int) -> None:
+    """Before each side: nobody pays for what another one left, nor for memory that lay idle."""
+    os.sync()
+    warm_memory(size)
+
+
 def our_backup(source: str, target: str, **options: object) -> tuple[float, float]:
     remove(target)
     with contextlib.ExitStack() as stack:
@@ -229,7 +235,7 @@ def idle_backup(b: Bench) -> None:
     synced: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(b.rounds + 1):
         for name, side in sides.items():
-            os.sync()                                       # nobody pays for what another one left
+            settle(size)
             seconds = side()
             if number:                                      # the first one warms up
                 copied[name].append(seconds[0])
@@ -280,7 +286,7 @@ def direct_backup(b: Bench) -> None:
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(b.rounds + 1):
         for name, side in sides.items():
-            os.sync()
+            settle(size)
             seconds, used = side()
             if number:
                 wall[f"{name}_wall"].append(seconds)
@@ -339,7 +345,7 @@ def busy_backup(b: Bench) -> None:
     sides: dict[str, list[Busy]] = {name: [] for name in runs}
     for _ in range(b.rounds):
         for name, run in runs.items():
-            os.sync()
+            settle(size)
             sides[name].append(run(b, source, target, size))
     remove(target)
 
