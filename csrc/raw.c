@@ -73,6 +73,11 @@ static int raw_descriptor(fl_image *image)
     return io_of(image)->fd;
 }
 
+static int raw_clone(fl_image *image, uint64_t offset, uint64_t length, fl_image *target)
+{
+    return io_clone(io_of(image), offset, length, io_of(target));
+}
+
 static void raw_destroy(fl_image *image)
 {
     io_close(io_of(image));
@@ -81,7 +86,7 @@ static void raw_destroy(fl_image *image)
 static const struct image_ops raw_ops = {
     .format = "raw",
     .readv = raw_readv, .writev = raw_writev, .zero = raw_zero, .discard = raw_discard, .flush = raw_flush,
-    .extents = raw_extents, .allocated = raw_allocated, .ends_at = raw_ends_at, .descriptor = raw_descriptor,
+    .extents = raw_extents, .clone = raw_clone, .allocated = raw_allocated, .ends_at = raw_ends_at, .descriptor = raw_descriptor,
     .destroy = raw_destroy,
 };
 
