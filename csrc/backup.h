@@ -22,8 +22,7 @@
 #define JOB_NAME "backup job"   /* for gate_pass */
 #define MAX_WORKERS 64
 #define CURSOR_BATCH 256        /* extents asked for at once */
-/* TODO measured */
-#define LARGEST_CLONE (UINT64_C(8) << 20)
+#define LARGEST_CLONE (UINT64_C(1) << 20)       /* guest writes wait for one: measured, see io_clone.c */
 #define LONG_ZEROS 65536u       /* zeros shorter than this, between data, are cheaper to write than to treat apart */
 
 #define WORK_MIXED (-1)         /* beside enum fl_kind: one granule, of several extents */
@@ -100,7 +99,7 @@ struct fl_backup {
     int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);     /* or NULL */
     uint64_t piece_context;
     bool discard, target_is_zero, skip_lost, compress, reflink;
-    uint32_t clone_unit;        /* what ranges that are cloned must be multiples of; a power of two */
+    uint32_t clone_unit;        /* what ranges that are cloned must be multiples of; a power of two, up to 64 KiB */
     bool copies;                /* there is a target; else chunks mode */
     unsigned char *memory;      /* all buffers */
     size_t memory_size;

@@ -12,7 +12,7 @@
 #define _GNU_SOURCE
 #include "backup.h"
 
-#define LEAST_CLONE 65536u      /* what is shorter is cheaper to copy, and would tear the files into small extents */
+#define LEAST_CLONE 65536u      /* what is shorter is cheaper to copy, and would tear the files into small extents; a multiple of any clone_unit */
 
 /* Of `length` bytes at `offset`, those that can be cloned as they lie: whole blocks of both file systems, or up to the end of both files. */
 static uint64_t whole_blocks(const fl_backup *job, uint64_t offset, uint64_t length)
@@ -33,7 +33,7 @@ int part_clone(struct worker *worker, uint64_t offset, uint64_t length, uint64_t
     length = whole_blocks(job, offset, snapshot_unsaved(job->snapshot, MIN(length, LARGEST_CLONE), offset));
     if (length == 0 || (length < LEAST_CLONE && offset + length < job->size))
         return 0;
-    length = throttle_take(&job->throttle, length, MAX(job->cluster_size, job->clone_unit));
+    length = throttle_take(&job->throttle, length, MAX(job->cluster_size, LEAST_CLONE));
     if (must_stop(job))
         return fail(error, FL_ECANCELLED, FL_SIDE_NONE, offset, length, "the backup job ends");
     int rc = snapshot_clone(job->snapshot, job->target, length, offset, &good);

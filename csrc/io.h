@@ -79,6 +79,8 @@ bool io_punches(struct io *io);
 /* The contract of fl_image_extents. */
 int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 uint64_t io_allocated(struct io *io);   /* bytes */
+/* Start with what io_clone of the range has to wait for, while nobody has to wait for us. It may do nothing. */
+void io_write_back(struct io *io, uint64_t offset, uint64_t length);
 /* The contract of the clone of image_ops. */
 int io_clone(struct io *io, uint64_t offset, uint64_t length, struct io *target);
 

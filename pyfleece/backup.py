@@ -464,11 +464,12 @@ def backup(
     ends the backup.
 
     `reflink`: where source and target are raw files of one file system that lets files share blocks (XFS, btrfs), share
-    them in place of copying: no byte is moved, and the backup takes no space until the source is written to. Elsewhere,
-    and for what was saved, it copies; `Result.reflinked_bytes` tells. Off by default, for two reasons. Such a backup is no second copy: a
-    bad sector hits both, and the source's later writes to shared blocks go elsewhere, which costs the guest time and
-    tears the source into pieces. And while a range is being shared, at most {LARGEST} of it at a time, guest writes anywhere
-    on the source wait. Not with `compress` or `on_piece`, which need the bytes.
+    them in place of copying, as `cp --reflink` does: no byte is moved, and the backup takes no space until the source is
+    written to. What cannot be shared is copied; `Result.reflinked_bytes` tells. Off by default, for these reasons. It is no second
+    copy: a bad sector hits both. It is not the guest first: while a range is shared, 1 MiB at a time, guest writes
+    anywhere on the source wait, for the range's dirty data to reach the disk too; a busy guest keeps about a tenth of its
+    rate while the backup runs (`speed` makes that gentler, and longer). And later writes to shared blocks go elsewhere, which
+    tears the source into pieces. Not with `compress` or `on_piece`, which need the bytes.
 
     For a new qcow2 image:
     `backing`, `backing_format`: a backing file, as `create` takes them: for an incremental, the backup before it. What

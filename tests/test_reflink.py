@@ -273,7 +273,8 @@ def test_targets_that_cannot_share(place: Path, loop_device: Callable[..., str])
     assert (place / "stream.raw").read_bytes() == data
     device = loop_device(32 * MIB)
     assert back_up(source, device, format="raw").reflinked_bytes == 0
-    assert Path(device).open("rb").read(SIZE) == data
+    with open(device, "rb") as file:
+        assert file.read(SIZE) == data
 
 
 def test_what_needs_the_bytes_is_refused(make_image: Callable[..., tuple[Path, bytes]], tmp_path: Path) -> None:
