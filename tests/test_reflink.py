@@ -12,6 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,11 @@ def make_source(path: Path, seed: int = 1) -> bytes:
 
 
 def back_up(source: Path, target: object, *, direct: bool = False, **options: object) -> pyfleece.Result:
-    with pyfleece.open(source, format="raw", direct=direct) as image, pyfleece.Disk(image) as disk:
-        with disk.snapshot("memory") as snapshot:
-            return pyfleece.backup(snapshot, target, reflink=True, **options)  # type: ignore[arg-type]
+    with ExitStack() as stack:
+        image = stack.enter_context(pyfleece.open(source, format="raw", direct=direct))
+        disk = stack.enter_context(pyfleece.Disk(image))
+        snapshot = stack.enter_context(disk.snapshot("memory"))
+        return pyfleece.backup(snapshot, target, reflink=True, **options)  # type: ignore[arg-type]
 
 
 def extents(path: Path) -> list[str]:
