@@ -301,12 +301,18 @@ static int cut(struct part *parts, size_t count, uint64_t deadline, fl_error *er
         rc = check_part(&parts[i], error);
     }
     for (size_t i = 0; i < count && rc == 0; i++) {
-        rc = gate_close(&parts[i].disk->writes, deadline);
+        rc = gate_bar(&parts[i].disk->writes);
         parts[i].closed = rc == 0;
-        if (rc == -ETIMEDOUT)
-            too_slow(parts[i].disk, error);
-        else if (rc)
+        if (rc)
             fail(error, -rc, FL_SIDE_NONE, 0, 0, "the disk is closed");
+    }
+    /* All writers are kept out before any is waited for: those of one disk would take the processors from the last write of another. */
+    for (size_t i = 0; i < count && rc == 0; i++) {
+        rc = gate_drain(&parts[i].disk->writes, deadline);
+        if (rc) {
+            parts[i].closed = false;
+            too_slow(parts[i].disk, error);
+        }
     }
     for (size_t i = 0; i < count && rc == 0; i++)       /* the instant: no write is running on any of the disks */
         install(&parts[i]);

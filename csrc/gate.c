@@ -84,7 +84,7 @@ bool gate_is_empty(struct gate *gate)
     return true;
 }
 
-int gate_close(struct gate *gate, uint64_t deadline)
+int gate_bar(struct gate *gate)
 {
     if (gate->generation != fl_generation)
         return -FL_EFORKED;
@@ -92,22 +92,34 @@ int gate_close(struct gate *gate, uint64_t deadline)
     pthread_mutex_lock(&gate->lock);
     while (atomic_load(&gate->state) == GATE_CLOSED)        /* another cut */
         pthread_cond_wait(&gate->changed, &gate->lock);
-    if (atomic_load(&gate->state) == GATE_SHUT) {
+    if (atomic_load(&gate->state) == GATE_SHUT)
         rc = -FL_ECLOSED;
-        goto out;
-    }
-    atomic_store(&gate->state, GATE_CLOSED);
-    full_fence();
+    else
+        atomic_store(&gate->state, GATE_CLOSED);
+    full_fence();               /* then the looks of gate_drain */
+    pthread_mutex_unlock(&gate->lock);
+    return rc;
+}
+
+int gate_drain(struct gate *gate, uint64_t deadline)
+{
+    int rc = 0;
+    pthread_mutex_lock(&gate->lock);
     while (!gate_is_empty(gate))
         if (!cond_wait_until(&gate->changed, &gate->lock, deadline) && !gate_is_empty(gate)) {
             atomic_store(&gate->state, GATE_OPEN);
             pthread_cond_broadcast(&gate->changed);
             rc = -ETIMEDOUT;
-            goto out;
+            break;
         }
-out:
     pthread_mutex_unlock(&gate->lock);
     return rc;
+}
+
+int gate_close(struct gate *gate, uint64_t deadline)
+{
+    int rc = gate_bar(gate);
+    return rc ? rc : gate_drain(gate, deadline);
 }
 
 void gate_open(struct gate *gate)

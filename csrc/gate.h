@@ -28,6 +28,10 @@ void gate_leave(struct gate *gate);             /* by the thread that entered */
 
 /* Keep new users out and wait until all are out. 0, -FL_ECLOSED, -FL_EFORKED, or -ETIMEDOUT at `deadline`: then it is open again. */
 int gate_close(struct gate *gate, uint64_t deadline);
+/* The same in two steps, for whoever closes several at once: keep new users out, of all of them; then wait, for each. After the first step one of
+   gate_drain (which opens it when it fails) and gate_open must come. */
+int gate_bar(struct gate *gate);                /* 0, -FL_ECLOSED, -FL_EFORKED */
+int gate_drain(struct gate *gate, uint64_t deadline);   /* 0, -ETIMEDOUT */
 void gate_open(struct gate *gate);
 
 /* Shut it for good and wait until all are out. true for the first that calls; the others wait too. In a forked child: false at once. */

@@ -35,6 +35,8 @@ struct io {
     atomic_bool no_punch, no_zero_range, no_zeroout, no_discard;
     _Atomic uint64_t ends_at;   /* the least end that was met where there should have been more; UINT64_MAX: none. It never grows again */
     _Atomic uint64_t reached;   /* the file is at least so long: its length at opening, and what io_reaches said since */
+    _Atomic uint64_t data_from, data_to;        /* a file: between them there was data when we last looked, and we made no hole since. Not set together, as data
+                                                   that is none does no harm */
     atomic_int flush_error;     /* positive errno of a flush that lost buffered writes; 0: none did */
 
     pthread_rwlock_t edges;     /* direct only, see io_direct.c: held shared to write whole blocks, exclusively to write parts of blocks */

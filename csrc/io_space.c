@@ -51,6 +51,7 @@ static int attempt(struct io *io, int mode, unsigned long request, atomic_bool *
     int rc;
     if (atomic_load_explicit(never, memory_order_relaxed))
         return 1;
+    atomic_store_explicit(&io->data_to, 0, memory_order_relaxed);      /* there may be a hole now */
     if (io->direct_fd >= 0)                     /* not beside a write to a part of a block: see io_direct.c */
         pthread_rwlock_rdlock(&io->edges);
     do {
@@ -194,11 +195,21 @@ static int extent_at(struct io *io, uint64_t at, uint64_t limit, bool data_here,
         *end = MIN((uint64_t)data, limit);
         return FL_ZERO;
     }
+    uint64_t known = atomic_load_explicit(&io->data_to, memory_order_relaxed);
+    if (at >= atomic_load_explicit(&io->data_from, memory_order_relaxed) && at < known && !data_here) {
+        *end = MIN(known, limit);
+        return FL_DATA;
+    }
     off_t hole = lseek(io->fd, (off_t)at, SEEK_HOLE);
     if (hole <= data && data_here)
         return extent_at(io, at, limit, false, end, error);     /* it was changed meanwhile */
-    if (hole > data)                            /* else it was changed meanwhile: all data is never wrong */
+    if (hole > data) {                          /* else it was changed meanwhile: all data is never wrong */
         *end = MIN((uint64_t)hole, limit);
+        if ((uint64_t)hole > limit) {           /* whoever asks in small steps would make the kernel look for the same end again and again */
+            atomic_store_explicit(&io->data_from, at, memory_order_relaxed);
+            atomic_store_explicit(&io->data_to, (uint64_t)hole, memory_order_relaxed);
+        }
+    }
     return FL_DATA;
 }
 
