@@ -1,13 +1,13 @@
 """What dirty bitmaps cost a guest's write: 4 KiB, without a bitmap, and with one of each kind.
 
-    python bench/bitmaps.py [--size 1G] [--slices 4000] [--synced 100] [--seconds 3] [--rounds 5] [DIRECTORY]
+    python bench/bitmaps.py [--size 1G] [--slices 4000] [--synced 100] [--seconds 0.3] [--rounds 30] [DIRECTORY]
 
 One writer (bench/dirty_bits.c): the kinds take turns every 64 writes, and each slice is compared with the one without a
 bitmap right beside it; medians, and the quarters around them. "repeated" are writes to units that are dirty already,
 "first" are the first ones to their unit of 64 KiB, "synced" are the same in write-intent mode, where they wait for the
 storage. The goal: marking adds less than 2 % to a repeated write.
 
-Then 8 writers, who share syncs, for a few seconds each, in rounds.
+Then 8 writers, who share syncs, in many short rounds.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=size_of, default="1G")
     parser.add_argument("--slices", type=int, default=4000)
     parser.add_argument("--synced", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("directory", nargs="?", type=Path)
     options = parser.parse_args(arguments)
     print(f"{machine()}\n\n| what | bitmap | us a write | more than with none |\n|---|---|---|---|")
