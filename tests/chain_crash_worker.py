@@ -21,8 +21,10 @@ import os
 import random
 import shutil
 import sys
+import time
 import traceback
 import types
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,13 @@ def load_chain(edits: list[str]) -> types.ModuleType:
     sys.modules[module.__name__] = module
     exec(compile(source, path, "exec"), module.__dict__)
     return module
+
+
+def name_alike(chain: types.ModuleType, first: int) -> None:
+    """The same names and times in each run, so that a state that was looked at before is known again."""
+    numbers = itertools.count(first)
+    chain.uuid = types.SimpleNamespace(uuid4=lambda: uuid.UUID(int=next(numbers)))
+    chain.time = types.SimpleNamespace(gmtime=time.gmtime, strftime=lambda *_: "2026-01-02T03:04:05Z")
 
 
 # ---- what happens, and what each point must hold ----
@@ -91,6 +100,7 @@ def live(chain: types.ModuleType, base: Path, steps: str, arm: Callable[[bool], 
     """Four backups, then the oldest two are dropped: the third is made a full one, and the last stands on it. Crashes
     are tried where `arm` was called with True. What is done is counted in a file.
     """
+    name_alike(chain, 1)
     done = os.open(base / "done", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with pyfleece.create(base / "vm.raw", SIZE) as image, Guest(image) as disk:
         arm("1" in steps)
@@ -160,6 +170,7 @@ def check_goes_on(chain: types.ModuleType, directory: Path, disk: Path | None) -
 
 
 def check(chain: types.ModuleType, directory: Path, done: int, disk: Path | None) -> None:
+    name_alike(chain, 1000)
     check_points(chain, directory, done)
     check_goes_on(chain, directory, disk)
 
