@@ -15,7 +15,7 @@ test: NEEDS := gcc:gcc mkfs.ext4:e2fsprogs /usr/include/zlib.h:zlib1g-dev /usr/i
     qemu-aarch64-static:qemu-user-static aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
     /usr/aarch64-linux-gnu/include/stdio.h:libc6-dev-arm64-cross \
     nbdkit:nbdkit nbdcopy:libnbd-bin qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio \
-    sfdisk:fdisk mkfs.xfs:xfsprogs mkfs.vfat:dosfstools mcopy:mtools mkntfs:ntfs-3g setfattr:attr \
+    sfdisk:fdisk mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.vfat:dosfstools mcopy:mtools mkntfs:ntfs-3g setfattr:attr \
     mkfs.exfat:exfatprogs mount.exfat-fuse:exfat-fuse genisoimage:genisoimage restic:restic borg:borgbackup
 
 # Where the fuzzer's runtime is depends on clang's version.

@@ -249,6 +249,53 @@ def idle_backup(b: Bench) -> None:
     os.unlink(source)
 
 
+def reflink_backup(b: Bench) -> None:
+    """The idle backup again, source and target on one XFS, in a file: blocks are shared, not copied. Needs root."""
+    image, mount = b.path("xfs.img"), b.path("xfs")
+    os.mkdir(mount)
+    with open(image, "wb") as file:
+        file.truncate(16 * GIB)
+    with contextlib.ExitStack() as stack:
+        try:
+            subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
+            subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no XFS to measure reflinks on: {error}", file=sys.stderr)
+            return
+        stack.callback(subprocess.run, ["umount", mount], check=True)
+        source, target = b.fresh("xfs/half.raw", 4 * GIB, "half"), b.path("xfs/target.raw")
+        subprocess.run(["sync", source], check=True)
+        t: dict[str, list[float]] = {"ours": [], "reflink": [], "sparse": []}
+
+        def copy(how: str) -> float:  # and sync, as our backup does
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
+
+            def run() -> None:
+                subprocess.run(["cp", *how.split(), source, target], check=True)
+                subprocess.run(["sync", target], check=True)
+
+            return timed(run)
+
+        for number in range(b.rounds + 1):
+            row = {"ours": our_backup(b, source, target, reflink=True)}
+            row["reflink"] = copy("--reflink=always")
+            row["sparse"] = copy("--reflink=never --sparse=always")
+            if number:  # the first one warms up
+                for name, seconds in row.items():
+                    t[name].append(seconds)
+        b.add(
+            "idle backup that shares blocks, 4 GiB half holes, XFS, wall / cp --reflink=always and sync",
+            ratios(t["ours"], t["reflink"]),
+            2,
+            least=False,
+            ours=t["ours"],
+            cp_reflink=t["reflink"],
+        )
+        b.add("the same: cp --sparse=always and sync / ours", ratios(t["sparse"], t["ours"]), 1, cp_sparse=t["sparse"])
+    os.unlink(image)
+
+
 def empty_backup(b: Bench) -> None:
     source = b.fresh("huge.raw", 0, "none")
     size = 16 << 40
@@ -499,6 +546,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "c": c_program,
     "first": first_touch,
     "idle": idle_backup,
+    "reflink": reflink_backup,
     "empty": empty_backup,
     "busy": busy_backup,
     "incremental": incremental,

@@ -25,6 +25,7 @@
 #define DEFAULT_MOST_WORKERS 16
 #define MAX_BUFFERS 4096
 #define FIRST_ZERO_STEP (UINT64_C(64) << 20)
+#define MAX_BLOCK 65536u        /* of a local file system */
 #define CLOSE_WAIT_NS 500000000u
 
 /* ---- the object ---- */
@@ -268,11 +269,19 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
     job->target_is_zero = options->target_is_zero;
     job->skip_lost = options->skip_lost;
     job->compress = options->compress;
+    job->reflink = options->reflink;
+    atomic_init(&job->clones, job->reflink);
     job->on_piece = options->on_piece;
     job->piece_context = options->piece_context;
     if (job->granularity % job->cluster_size || job->granularity > MAX_GRANULARITY)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "a granularity of %llu bytes is not a multiple of the cluster size, %u, up to 1 GiB",
                     (unsigned long long)job->granularity, job->cluster_size);
+    if (job->reflink && !job->copies)
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "only a target that is an image can share blocks with the source");
+    if (job->reflink && (job->compress || job->on_piece))
+        return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "blocks that are shared with the source are not read: nobody can compress them or look at them");
+    if (job->reflink)
+        job->clone_unit = MIN(job->target->cluster_size, MAX_BLOCK);    /* a network's file system tells what it likes to transfer */
     if (job->compress && !job->copies)
         return fail(error, EINVAL, FL_SIDE_NONE, 0, 0, "only a target that is an image can be compressed");
     if (job->compress && job->granularity % job->target->cluster_size)
@@ -429,7 +438,7 @@ int fl_backup_progress(fl_backup *job, fl_progress *progress, fl_error *error)
     pthread_mutex_lock(&job->lock);
     *progress = (fl_progress){
         .total = job->total, .done = job->done, .data_bytes = job->data_bytes, .zero_bytes = job->zero_bytes,
-        .lost_bytes = job->lost_bytes, .retries = job->retries, .finished = job->running == 0,
+        .lost_bytes = job->lost_bytes, .reflinked_bytes = job->reflinked_bytes, .retries = job->retries, .finished = job->running == 0,
         .elapsed_ns = (job->over ? job->ended_ns : now_ns()) - job->started_ns,
     };
     pthread_mutex_unlock(&job->lock);

@@ -4,6 +4,7 @@
  *   backup_cursor.c  what to do next: the snapshot's extents, cut into pieces of work, and what was done out of order
  *   backup_read.c    reads one piece of work, in order, and says of each part what it is
  *   backup_copy.c    a part goes to the target
+ *   backup_clone.c   or is shared with the source
  *   backup_chunks.c  a part goes to whoever asks for chunks
  *
  * A worker takes a piece of work under the lock, and does it without: nobody holds the lock during I/O, so a worker that hangs in the
@@ -21,11 +22,12 @@
 #define JOB_NAME "backup job"   /* for gate_pass */
 #define MAX_WORKERS 64
 #define CURSOR_BATCH 256        /* extents asked for at once */
+#define LARGEST_CLONE (UINT64_C(1) << 20)       /* guest writes wait for one: measured, see io_clone.c */
 #define LONG_ZEROS 65536u       /* zeros shorter than this, between data, are cheaper to write than to treat apart */
 
 #define WORK_MIXED (-1)         /* beside enum fl_kind: one granule, of several extents */
 /* What a worker does in one go. FL_DATA and WORK_MIXED: inside one granule, aligned to granules (the last one ends at the disk's end). The
-   other kinds: whole granules, any number of them. */
+   other kinds, and FL_DATA that is to be cloned: whole granules, any number of them. */
 struct work { uint64_t offset, length; int kind; };
 
 static inline bool work_needs_buffer(const struct work *work) { return work->kind == FL_DATA || work->kind == WORK_MIXED; }
@@ -96,7 +98,8 @@ struct fl_backup {
     uint32_t cluster_size, planned;             /* planned: the most workers there will be */
     int (*on_piece)(uint64_t context, uint64_t offset, uint64_t length, const void *data);     /* or NULL */
     uint64_t piece_context;
-    bool discard, target_is_zero, skip_lost, compress;
+    bool discard, target_is_zero, skip_lost, compress, reflink;
+    uint32_t clone_unit;        /* what ranges that are cloned must be multiples of; a power of two, up to 64 KiB */
     bool copies;                /* there is a target; else chunks mode */
     unsigned char *memory;      /* all buffers */
     size_t memory_size;
@@ -126,13 +129,15 @@ struct fl_backup {
 
     /* atomic */
     atomic_bool stop;           /* leave what you are doing. Chunks mode: by a cancel only, for what comes before a failure is finished */
-    _Atomic uint64_t done, data_bytes, zero_bytes, lost_bytes, retries;
+    atomic_bool clones;         /* `reflink`, and it has not turned out that these two can't share blocks */
+    _Atomic uint64_t done, data_bytes, zero_bytes, lost_bytes, reflinked_bytes, retries;
 
     struct throttle throttle;
     struct worker workers[MAX_WORKERS];
 };
 
 static inline void count_up(_Atomic uint64_t *counter, uint64_t n) { atomic_fetch_add_explicit(counter, n, memory_order_relaxed); }
+static inline bool job_clones(fl_backup *job) { return atomic_load_explicit(&job->clones, memory_order_relaxed); }
 static inline bool must_stop(fl_backup *job) { return atomic_load_explicit(&job->stop, memory_order_relaxed); }
 
 /* ---- backup.c ---- */
@@ -161,13 +166,23 @@ bool cursor_take_hot(fl_backup *job, uint64_t offset, struct work *work);
    gaps, by part_copy or part_chunk. 0, or a failure that is not recorded yet. */
 int work_read(struct worker *worker, const struct work *work, fl_error *error);
 
-/* ---- backup_copy.c, backup_chunks.c ---- */
+/* ---- backup_copy.c ---- */
 
 void copy_loop(struct worker *worker);          /* until there is nothing left to do */
 /* `data` is the part's place in the worker's buffer, and what it holds if it is FL_DATA; NULL: the piece of work has no buffer. kind is FL_DATA
    or FL_ZERO. */
 int part_copy(struct worker *worker, int kind, uint64_t offset, uint64_t length, unsigned char *data, fl_error *error);
 int part_copy_end(struct worker *worker, fl_error *error);      /* the piece of work ends: write what still waits for its neighbours */
+
+/* ---- backup_clone.c ---- */
+
+/* Share of [offset, offset + length), which was data, what can be shared: the first *cloned bytes are done, and the target was not touched behind them, or
+   is zeros there. 0, or a failure that is not recorded yet. */
+int part_clone(struct worker *worker, uint64_t offset, uint64_t length, uint64_t *cloned, fl_error *error);
+/* Do a piece of work of several granules: share what can be shared, read and copy the rest by granules. As work_read. */
+int work_clone(struct worker *worker, const struct work *work, fl_error *error);
+
+/* ---- backup_chunks.c ---- */
 
 int chunks_init(fl_backup *job, uint32_t buffers);              /* 0 or -ENOMEM; `memory` is there */
 void chunks_destroy(fl_backup *job);

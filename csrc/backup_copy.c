@@ -193,7 +193,7 @@ void copy_loop(struct worker *worker)
         if (!any)
             return;
 
-        rc = work_read(worker, &work, &error);
+        rc = work_needs_buffer(&work) && work.length > job->granularity ? work_clone(worker, &work, &error) : work_read(worker, &work, &error);
         if (rc == 0 && job->discard && (work_needs_buffer(&work) || work.kind == FL_ZERO))
             rc = job_discard(job, work.offset, work.length, &error);
         if (rc) {

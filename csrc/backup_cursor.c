@@ -101,8 +101,10 @@ bool cursor_look(fl_backup *job, struct work *work)
             work->kind = WORK_MIXED;
         } else {
             work->kind = extent->kind;
-            if (extent->kind != FL_DATA) {
+            if (extent->kind != FL_DATA || job_clones(job)) {
                 end = extent_end == job->size ? extent_end : granule_start(job, extent_end);
+                if (extent->kind == FL_DATA)
+                    end = MIN(end, cursor->position + MAX(granule_start(job, LARGEST_CLONE), job->granularity));
                 if (job->hot_count) {           /* up to the next granule that was taken out of order */
                     uint64_t hot = bitmap_next_set(&job->hot, cursor->position / job->granularity, div_up(end, job->granularity));
                     end = MIN(end, hot * job->granularity);

@@ -137,6 +137,16 @@ int work_read(struct worker *worker, const struct work *work, fl_error *error)
         unsigned char *data = worker->buffer + (at - work->offset);
         uint64_t length = MIN(extent->offset + extent->length, end) - at;
         int kind = extent->kind;
+        if (kind == FL_DATA && job->reflink) {
+            uint64_t cloned;
+            if ((rc = part_clone(worker, at, length, &cloned, error)) != 0)
+                return rc;
+            at += cloned;
+            if (cloned && cloned < length)
+                index--;        /* goes on in this extent */
+            if (cloned)
+                continue;
+        }
         if (kind == FL_DATA) {
             rc = read_data(worker, data, length, at, &length, error);
             if ((rc == -FL_ELOST || rc == -FL_EDISCARDED) && overtaken++ < clusters) {

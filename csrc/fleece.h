@@ -368,6 +368,7 @@ typedef struct fl_backup_options {
     int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
     int target_is_zero;         /* the target reads as zeros: zeros need not be written */
     int compress;               /* whole clusters of the target, which were never written before, are written compressed */
+    int reflink;                /* let the target share blocks with the source where both are files that can; needs a target; not with compress or on_piece */
     int skip_lost;              /* ranges that were lost, or discarded by others, are listed in the result instead of failing the job */
     /* Copy mode: called by the workers with each piece that they hold, before they write it; `data` NULL: `length` zeros. Any order, several at once, each
        byte that is copied once. Non-zero cancels the job. NULL: nobody wants to know. */
@@ -379,6 +380,7 @@ typedef struct fl_progress {
     uint64_t total;             /* bytes to be visited: the disk, or what its bitmap holds */
     uint64_t done;              /* of these, copied, or found to be zeros, or skipped */
     uint64_t data_bytes, zero_bytes, lost_bytes;  /* done, by kind; lost: or discarded by others */
+    uint64_t reflinked_bytes;   /* of data_bytes: shared with the source */
     uint64_t elapsed_ns;
     uint64_t retries;           /* reads repeated */
     int finished;               /* no worker runs any more */

@@ -38,6 +38,10 @@ struct image_ops {
     uint64_t (*allocated)(fl_image *image);     /* bytes */
     /* As image_next_data. NULL: extents tell, whatever it costs them to find out where data ends. */
     uint64_t (*next_data)(fl_image *image, uint64_t offset, uint64_t end);
+    /* Let [offset, offset + length) of `target`, an image with the same driver, share the blocks that this one has there, so that it reads as this one did
+       at one moment during the call. Errors have no text. -EOPNOTSUPP: these two never can, and nothing was changed; any other: `target` holds there
+       what it held, or what this one does. NULL: no two images can. */
+    int (*clone)(fl_image *image, uint64_t offset, uint64_t length, fl_image *target);
     /* What only some formats have; NULL: not this one. */
     int (*map)(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
     int (*write_compressed)(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error);    /* as writev */
@@ -120,6 +124,12 @@ static inline uint64_t image_ends_at(fl_image *image)
 int image_settle(fl_image *image, fl_error *error);
 int image_bitmap_load(fl_image *image, size_t index, struct image_bitmap *bitmap, fl_error *error);
 int image_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t count, fl_error *error);
+
+/* The range is inside both, and `target` is writable. */
+static inline int image_clone(fl_image *image, uint64_t offset, uint64_t length, fl_image *target)
+{
+    return image->ops->clone && image->ops == target->ops ? image->ops->clone(image, offset, length, target) : -EOPNOTSUPP;
+}
 
 static inline int image_descriptor(fl_image *image)
 {

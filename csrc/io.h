@@ -5,6 +5,7 @@
  * io_lock.c      the locks that keep two programs from one image
  * io_direct.c    O_DIRECT for callers who align nothing
  * io_space.c     zeros, discards, and where the data is
+ * io_clone.c     two files that share blocks
  */
 #ifndef FL_IO_H
 #define FL_IO_H
@@ -79,6 +80,10 @@ bool io_punches(struct io *io);
 uint64_t io_next_data(struct io *io, uint64_t offset, uint64_t end);      /* image_next_data */
 int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 uint64_t io_allocated(struct io *io);   /* bytes */
+/* Start with what io_clone of the range has to wait for, while nobody has to wait for us. It may do nothing. */
+void io_write_back(struct io *io, uint64_t offset, uint64_t length);
+/* The contract of the clone of image_ops. */
+int io_clone(struct io *io, uint64_t offset, uint64_t length, struct io *target);
 
 /* ---- between the files of this layer ---- */
 

@@ -10,6 +10,7 @@
 struct raw {
     fl_image image;
     struct io io;
+    pthread_mutex_t cloning;    /* held while it is cloned: a guest's write then waits for one clone, not for a queue of them */
 };
 
 static struct io *io_of(fl_image *image)
@@ -78,15 +79,27 @@ static int raw_descriptor(fl_image *image)
     return io_of(image)->fd;
 }
 
+static int raw_clone(fl_image *image, uint64_t offset, uint64_t length, fl_image *target)
+{
+    struct raw *raw = (struct raw *)image;
+    io_write_back(&raw->io, offset, length);
+    pthread_mutex_lock(&raw->cloning);
+    int rc = io_clone(&raw->io, offset, length, io_of(target));
+    pthread_mutex_unlock(&raw->cloning);
+    return rc;
+}
+
 static void raw_destroy(fl_image *image)
 {
     io_close(io_of(image));
+    if (image->gate.generation == fl_generation)        /* in a child, one of the parent's threads may have had it */
+        pthread_mutex_destroy(&((struct raw *)image)->cloning);
 }
 
 static const struct image_ops raw_ops = {
     .format = "raw",
     .readv = raw_readv, .writev = raw_writev, .zero = raw_zero, .discard = raw_discard, .flush = raw_flush,
-    .extents = raw_extents, .next_data = raw_next_data, .allocated = raw_allocated, .ends_at = raw_ends_at,
+    .extents = raw_extents, .next_data = raw_next_data, .clone = raw_clone, .allocated = raw_allocated, .ends_at = raw_ends_at,
     .descriptor = raw_descriptor, .destroy = raw_destroy,
 };
 
@@ -99,6 +112,7 @@ static int raw_new(const char *name, struct raw **raw, fl_error *error)
         free(r);
         return fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot set up image '%.200s'", name);
     }
+    pthread_mutex_init(&r->cloning, NULL);      /* of the plain sort: cannot fail */
     r->io.fd = r->io.direct_fd = -1;
     *raw = r;
     return 0;

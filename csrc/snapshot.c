@@ -234,6 +234,36 @@ int fl_snapshot_pread(fl_snapshot *snapshot, void *buffer, size_t count, uint64_
     return rc;
 }
 
+/* ---- cloning, in place of reading ---- */
+
+uint64_t snapshot_unsaved(fl_snapshot *snapshot, uint64_t length, uint64_t offset)
+{
+    uint64_t end = ((offset + length - 1) >> snapshot->shift) + 1;
+    if (gate_enter(&snapshot->gate))
+        return 0;
+    bool unsaved = look(snapshot, offset >> snapshot->shift, &end) == UNSAVED;
+    gate_leave(&snapshot->gate);
+    return unsaved ? MIN(length, (end << snapshot->shift) - offset) : 0;
+}
+
+/* I3: to clone the source is to read it, so it is looked at again in the same way. */
+int snapshot_clone(fl_snapshot *snapshot, fl_image *target, uint64_t length, uint64_t offset, uint64_t *good)
+{
+    uint64_t valid = 0;
+    int rc = gate_enter(&snapshot->gate);
+    if (rc)
+        return rc;
+    snapshot_ref(snapshot);     /* close waits for us only so long */
+    rc = image_clone(snapshot->source, offset, length, target);
+    if (rc == 0 && look_again(snapshot, offset, length, true, &valid, NULL))
+        valid = 0;
+    gate_leave(&snapshot->gate);
+    snapshot_unref(snapshot);
+    if (rc == 0)
+        *good = valid;
+    return rc;
+}
+
 /* ---- extents ---- */
 
 struct list { fl_extent *extents; size_t max, count; };

@@ -87,6 +87,11 @@ fl_snapshot *snapshot_ref(fl_snapshot *snapshot);
 void snapshot_unref(fl_snapshot *snapshot);
 /* The offset of a cluster that should be copied and discarded first, because the stage fills up; false: nothing presses. */
 bool snapshot_hot(fl_snapshot *snapshot, uint64_t *offset);
+/* Bytes from `offset` on, `length` at most, that nothing has happened to: they are in the source as they were at the cut. A look at a moment. */
+uint64_t snapshot_unsaved(fl_snapshot *snapshot, uint64_t length, uint64_t offset);
+/* Clone [offset, offset + length) of the source to the same place of `target`. 0: the first `*good` bytes of it are the ones of the cut; the rest may be
+   anything, and is read as ever, which also tells why where it can't be. As the clone of image_ops otherwise. */
+int snapshot_clone(fl_snapshot *snapshot, fl_image *target, uint64_t length, uint64_t offset, uint64_t *good);
 /* Bytes that belong to it: the disk, or what its dirty bitmap holds. */
 uint64_t snapshot_total(fl_snapshot *snapshot);
 

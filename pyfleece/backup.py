@@ -51,6 +51,7 @@ class Result:
     retries: int                # reads repeated because a guest write came in between
     fleecing_peak: int          # the most that the fleecing image held
     staged_peak: int            # the most that was held in memory
+    reflinked_bytes: int = 0    # of data_bytes: shared with the source, see `reflink`
 
     @property
     def rate(self) -> float:
@@ -84,6 +85,7 @@ class Backup(Resource):
         backing_format: str | None = None,
         backing_root: BackingRoot = None,
         on_piece: PieceHook | None = None,
+        reflink: bool = False,
     ) -> None:
         super().__init__()
         given = type(snapshot).__name__
@@ -104,6 +106,10 @@ class Backup(Resource):
         self._workers = positive(workers, "workers", 32)
         self._speed = positive(speed, "speed")
         self._discard = discard_source
+        self._reflink = bool(reflink)
+        if self._reflink and (compress or on_piece is not None):
+            what = "compress" if compress else "on_piece"
+            raise invalid(f"reflink shares blocks without reading them, and {what} needs their bytes: choose one")
         self._skip_lost = snapshot.on_cbw_error == "lose-range" if skip_lost is None else skip_lost
         self._report = _reporter(progress)
         self._process = os.getpid()
@@ -251,6 +257,7 @@ class Backup(Resource):
         options.target_is_zero = target.is_zero
         options.compress = bool(self._options.compress)
         options.skip_lost = self._skip_lost
+        options.reflink = self._reflink
         if self._on_piece is not None:
             self._piece_number = _binding.add_piece_hook(self._on_piece, self._piece_failures)
             options.on_piece, options.piece_context = lib.pyfleece_piece, self._piece_number
@@ -347,6 +354,7 @@ class Backup(Resource):
             retries=raw.retries,
             fleecing_bytes=fleecing,
             finished=bool(raw.finished),
+            reflinked_bytes=raw.reflinked_bytes,
         )
 
     def _make_result(self) -> Result:
@@ -362,6 +370,7 @@ class Backup(Resource):
             retries=progress.retries,
             fleecing_peak=stats.fleecing_peak,
             staged_peak=stats.staged_peak,
+            reflinked_bytes=progress.reflinked_bytes,
         )
 
     def _ask_to_end(self) -> None:
@@ -427,6 +436,7 @@ def backup(
     backing_format: str | None = None,
     backing_root: BackingRoot = None,
     on_piece: PieceHook | None = None,
+    reflink: bool = False,
 ) -> Result:
     """Copy a snapshot to a target, and return when the copy is on stable storage.
 
@@ -453,6 +463,15 @@ def backup(
     once and in any order, while they hold it: for digests. `data` is valid during the call; None: zeros. What it raises
     ends the backup.
 
+    `reflink`: where source and target are raw files of one file system that lets files share blocks (XFS, btrfs),
+    share them in place of copying, as `cp --reflink` does: no byte is moved, and the backup takes no space until the
+    source is written to. What cannot be shared is copied; `Result.reflinked_bytes` tells. Off by default, for these
+    reasons. It is no second copy: a bad sector hits both. It does not put the guest first: while a range is shared,
+    1 MiB at a time, guest writes anywhere on the source wait, also for the range's dirty data to reach the disk; a busy
+    guest keeps about a tenth of its rate while the backup runs (`speed` makes that gentler, and longer). And later
+    writes to shared blocks go elsewhere, which tears the source into pieces. Not with `compress` or `on_piece`, which
+    need the bytes.
+
     For a new qcow2 image:
     `backing`, `backing_format`: a backing file, as `create` takes them: for an incremental, the backup before it. What
     is not in the snapshot's bitmap is then read from there, and so is what was left out by `skip_lost`.
@@ -475,6 +494,7 @@ def backup(
         target_is_zero=target_is_zero,
         format=format,
         on_piece=on_piece,
+        reflink=reflink,
         compress=compress,
         target_cluster_size=target_cluster_size,
         backing=backing,
@@ -516,6 +536,7 @@ def backup_group(
     backing: Sequence[Path | None] | Mapping[Snapshot, Path | None] | None = None,
     backing_format: str | None = None,
     backing_root: BackingRoot = None,
+    reflink: bool = False,
 ) -> GroupResult:
     """Back up several snapshots, usually of one instant (`snapshot_group`), as one job: all at the same time, so that
     no fleecing image grows while it waits for its turn.
@@ -549,6 +570,7 @@ def backup_group(
             backing=file,
             backing_format=backing_format if file is not None else None,
             backing_root=backing_root,
+            reflink=reflink,
         )
         for snapshot, target, file in zip(snapshots, targets, backings)
     ]

@@ -22,6 +22,7 @@ class Progress:
     retries: int            # reads repeated
     fleecing_bytes: int     # old data that is kept in the fleecing image now
     finished: bool
+    reflinked_bytes: int = 0        # of data_bytes: shared with the source
 
     @property
     def fraction(self) -> float:
@@ -45,6 +46,7 @@ def total_of(parts: list[Progress]) -> Progress:
         retries=sum(part.retries for part in parts),
         fleecing_bytes=sum(part.fleecing_bytes for part in parts),
         finished=all(part.finished for part in parts),
+        reflinked_bytes=sum(part.reflinked_bytes for part in parts),
     )
 
 

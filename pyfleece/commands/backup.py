@@ -49,6 +49,12 @@ def add(commands: Any) -> None:
         default=False,
         help="write the clusters of a qcow2 TARGET compressed (without a value: zlib)",
     )
+    parser.add_argument(
+        "--reflink",
+        action="store_true",
+        help="share blocks with SOURCE where both are raw files on one file system that can, as cp --reflink does, in "
+        "place of a copy (a bad sector then hits both)",
+    )
     parser.add_argument("--granularity", metavar="SIZE", type=size, help="bytes that are copied at a time")
     parser.add_argument("--workers", metavar="N", type=int, help="threads that copy")
     parser.add_argument("--speed", metavar="SIZE", type=speed, help="limit in bytes per second")
@@ -105,6 +111,7 @@ def _backup(args: argparse.Namespace) -> None:
                 progress=None if args.no_progress else "bar",
                 format=args.target_format,
                 compress=args.compress,
+                reflink=args.reflink,
                 target_cluster_size=args.target_cluster_size,
                 backing=args.backing,
                 backing_format=args.backing_format,
@@ -124,6 +131,8 @@ def _backup(args: argparse.Namespace) -> None:
         print(file=output)
     else:
         what = f"{human(result.data_bytes)} of data, {human(result.zero_bytes)} of zeros"
+        if args.reflink:
+            what = what.replace(",", f" ({human(result.reflinked_bytes)} shared with the source),", 1)
         where = "standard output" if to_stdout else args.target
         print(f"{where}: {what}, in {result.seconds:.2f} s: {human(result.rate)}/s", file=output)
 

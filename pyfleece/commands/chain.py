@@ -54,6 +54,8 @@ def add_point(args: argparse.Namespace) -> None:
     """`pyfleece backup SOURCE DIR --incremental`"""
     if args.keep is not None and args.keep < 1:
         raise Failure("--keep: at least one point is kept")
+    if args.reflink:
+        raise Failure("--reflink shares blocks without reading them, and --incremental needs their digests: choose one")
     if args.target == "-" or args.backing or args.granularity or args.target_cluster_size:
         raise Failure("--incremental makes the images of a directory itself: there is no --backing and the like")
     repository = Repository(args.target, create=True)
