@@ -1,32 +1,33 @@
-"""What dirty bitmaps cost a guest's write: random 4 KiB writes, without a bitmap, and with one of each kind.
+"""What dirty bitmaps cost a guest's write: 4 KiB, without a bitmap, and with one of each kind.
 
-    python bench/bitmaps.py [--directory DIR] [--size 4G] [--seconds 3] [--rounds 5]
+    python bench/bitmaps.py [--directory DIR] [--size 1G] [--slices 4000] [--synced 100] [--seconds 0.3] [--rounds 30]
 
-Prints a table in Markdown: microseconds that one write takes, the median, the least and the most. Rounds of all kinds
-take turns, so that whatever else the machine does hits all of them alike.
-"first" are writes of which each is the first to its unit (64 KiB apart, in an order that looks random): the worst case.
-"repeated" are writes to units that are dirty already. The goal: marking adds less than 2 % to a repeated write. In
-write-intent mode a first write waits for a sync of the storage; it is measured with 1 and with 8 writers, who share
-syncs.
+One writer (bench/dirty_bits.c): the kinds take turns every 64 writes, and each slice is compared with the one without a
+bitmap right beside it; medians, and the quarters around them. "repeated" are writes to units that are dirty already,
+"first" are the first ones to their unit of 64 KiB, "synced" are the same in write-intent mode, where they wait for the
+storage. The goal: marking adds less than 2 % to a repeated write.
+
+Then 8 writers, who share syncs, in many short rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit import machine, ratios, spread
+from kit import build, machine, spread
 
 import pyfleece
 from pyfleece.load import Load
 
 KINDS: dict[str, dict[str, Any] | None] = {
     "none": None,
-    "in memory": {},
+    "in-memory": {},
     "persistent": {"persistent": True},
     "write-intent": {"write_intent": True},
 }
@@ -38,62 +39,57 @@ def size_of(text: str) -> int:
     return int(text[:-1]) << shift if shift else int(text)
 
 
-def write(disk: pyfleece.Disk, seconds: float, **options: Any) -> float:
-    """Microseconds that a write takes, of one of the writers."""
-    threads = options.get("threads", 1)
-    with Load(disk, **options) as load:
-        load.wait(seconds)
-        stats = load.stats
-    return stats.elapsed / max(stats.operations, 1) * threads * 1e6
+def one_writer(directory: str, size: int, slices: int, synced: int) -> None:
+    program = build(directory, "dirty_bits")
+    command = [program, str(Path(directory) / "bits.raw"), str(size >> 20), str(slices), str(synced)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in output.splitlines():
+        what, kind, took = line.split()
+        found.setdefault(what, {}).setdefault(kind, []).append(float(took))
+    for what, kinds in found.items():
+        for kind, times in kinds.items():
+            added = [100 * (took / base - 1) for took, base in zip(times, kinds["none"])]
+            low, middle, high = statistics.quantiles(added, n=4) if len(added) > 1 else 3 * added
+            us = statistics.median(times) / 1000
+            print(f"| 1 writer, {what} | {kind} | {us:.2f} | {middle:+.1f} % ({low:+.1f} to {high:+.1f}) |", flush=True)
 
 
-def measure(directory: Path, size: int, seconds: float, rounds: int) -> dict[tuple[str, str], list[float]]:
-    found: dict[tuple[str, str], list[float]] = {}
-    path = directory / "bitmaps-bench.raw"
-    with pyfleece.create(path, size) as source:
-        for offset in range(0, size, 8 << 20):                  # no write of the measurement allocates
+def eight_writers(directory: str, size: int, seconds: float, rounds: int) -> None:
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with pyfleece.create(Path(directory) / "load.raw", size) as source:
+        for offset in range(0, size, 8 << 20):  # no write of the measurement allocates
             source.pwrite(b"x" * min(8 << 20, size - offset), offset)
         source.flush()
         for number in range(rounds):
             for kind, options in KINDS.items():
                 with pyfleece.Disk(source) as disk:
-                    disk.bitmaps.add("all", UNIT)
-                    for offset in range(0, size, UNIT):
-                        disk.pwrite(b"x", offset)
-                    disk.bitmaps["all"].disable()
-                    for what, threads in (("first", 1), ("first, 8 writers", 8), ("repeated", 1)):
-                        if "daily" in disk.bitmaps:
-                            disk.bitmaps.remove("daily")
-                        if options is not None:
-                            bitmap = disk.bitmaps.add("daily", UNIT, **options)
-                            if what == "repeated":
-                                bitmap.merge("all")
-                                assert bitmap.count == size
-                        order = {"order": "random"} if what == "repeated" else {"order": "once", "stride": UNIT}
-                        took = write(disk, seconds, threads=threads, seed=number + 1, **order)
-                        found.setdefault((what, kind), []).append(took)
+                    if options is not None:
+                        disk.bitmaps.add("daily", UNIT, **options)
+                    with Load(disk, threads=8, seed=number + 1, order="once", stride=UNIT) as load:
+                        load.wait(seconds)
+                        stats = load.stop()
+                    found[kind].append(stats.elapsed / max(stats.operations, 1) * 8 * 1e6)
                     if options is not None:
                         disk.bitmaps.remove("daily")
-    path.unlink()
-    return found
+    for kind, times in found.items():
+        added = [100 * (took / base - 1) for took, base in zip(times, found["none"])]
+        print(f"| 8 writers, first | {kind} | {statistics.median(times):.2f} | {spread(added, 1)} % |", flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="What dirty bitmaps cost a guest's write.")
     parser.add_argument("--directory", default="/var/tmp", help="on the file system to measure (default: %(default)s)")
-    parser.add_argument("--size", type=size_of, default="4G")
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=size_of, default="1G")
+    parser.add_argument("--slices", type=int, default=4000)
+    parser.add_argument("--synced", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args(arguments)
+    print(f"{machine(options.directory)}\n\n| what | bitmap | us a write | more than with none |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        found = measure(Path(directory), options.size, options.seconds, options.rounds)
-    print(f"{machine(options.directory)}\n")
-    print("| writes | bitmap | us | more than without |\n|---|---|---|---|")
-    for what in dict.fromkeys(what for what, _ in found):
-        for kind in KINDS:
-            took = found[what, kind]
-            more = statistics.median(100 * (ratio - 1) for ratio in ratios(took, found[what, "none"]))
-            print(f"| {what} | {kind} | {spread(took)} | {more:+.1f} % |")
+        one_writer(directory, options.size, options.slices, options.synced)
+        eight_writers(directory, options.size, options.seconds, options.rounds)
     return 0
 
 

@@ -40,7 +40,7 @@ def first_touch(program: str, directory: str, rounds: int) -> None:
             command = [program, *files, "512", str(size), str(cluster), "64", order, str(rounds)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             runs = [json.loads(line) for line in output.splitlines()]
-            cells.append(spread([run["first"] / run["plain"] for run in runs[1:] or runs]))     # the first one warms up
+            cells.append(spread([run["first"] / run["plain"] for run in runs[1:] or runs]))  # the first one warms up
         print(f"| {cluster >> 10} KiB | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -55,7 +55,7 @@ def backups(directory: str, rounds: int) -> None:
     for _ in range(rounds + 1):
         begin = time.monotonic()
         subprocess.run(["cp", "--sparse=always", source, target], check=True)
-        subprocess.run(["sync", target], check=True)        # ours does
+        subprocess.run(["sync", target], check=True)  # ours does
         floor = time.monotonic() - begin
         for granularity in GRANULARITIES:
             os.unlink(target)

@@ -115,7 +115,7 @@ def qemu_export(directory: str, snapshot: bool, kind: str) -> Iterator[Target]:
             try:
                 yield Target(path=path)
             finally:
-                daemon.end_export("e")          # it is unmounted then
+                daemon.end_export("e")  # it is unmounted then
             return
         socket = os.path.join(directory, "nbd.sock")
         with contextlib.suppress(FileNotFoundError):

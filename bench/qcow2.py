@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEPTH = 64
 THREADS = os.cpu_count() or 1
-STRIDE = 7919 * 4096            # a prime number of pages
+STRIDE = 7919 * 4096  # a prime number of pages
 
 
 def run(*command: str | os.PathLike[str]) -> str:
@@ -70,10 +70,10 @@ class Table:
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(self.rounds + 1):
             for side, function in enumerate((ours, theirs)):
-                os.sync()                       # nobody pays for what the other one left
+                os.sync()  # nobody pays for what the other one left
                 times[side].append(function())
         mine, other = times[0][1:], times[1][1:]
-        if unit == "ms":                        # less is better
+        if unit == "ms":  # less is better
             cells = [spread([1000 * seconds for seconds in side]) for side in (mine, other)]
         else:
             cells = [spread([scale / seconds for seconds in side]) for side in (mine, other)]
@@ -195,7 +195,7 @@ class Bench:
             target.unlink(missing_ok=True)
             begin = time.monotonic()
             run("qemu-img", "convert", "-W", "-m", "16", "-f", "qcow2", "-O", "qcow2", self.image, target)
-            run("sync", target)                 # ours does
+            run("sync", target)  # ours does
             return time.monotonic() - begin
 
         self.table.row("backup, half full, beside qemu-img convert -W -m 16", "MiB/s", ours, convert, size / MIB)
@@ -235,7 +235,7 @@ class Qmp:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(os.fspath(path))
         self._file = self._socket.makefile("rw")
-        self._file.readline()                   # the greeting
+        self._file.readline()  # the greeting
         self("qmp_capabilities")
 
     def __call__(self, command: str, arguments: dict[str, Any] | None = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 # QEMU's large buffers go through malloc and page faults; with this they are kept, and its backups are faster by 2 to 3.
 TUNED = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"}
-TOOLS = ("qemu-img", "qemu-storage-daemon")
+TOOLS = ("qemu-img", "qemu-io", "qemu-storage-daemon")
 
 
 def missing() -> str | None:
@@ -97,6 +97,30 @@ class Daemon:
         cache = {"direct": direct, "no-flush": False}
         self.add(name, "file", filename=path, discard="unmap", cache=cache, **aio)
 
+    def write_blocks(self, node: str, socket: str, offsets: list[int], length: int) -> None:
+        """A guest writes there, and flushes."""
+        self.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": socket}}})
+        self.call(
+            "block-export-add", {"id": "guest", "type": "nbd", "node-name": node, "name": "guest", "writable": True}
+        )
+        script = "".join(f"write -q -P {1 + number % 255} {offset} {length}\n" for number, offset in enumerate(offsets))
+        command = ["qemu-io", "-f", "raw", f"nbd+unix:///guest?socket={socket}"]
+        output = subprocess.run(command, input=script + "flush\nquit\n", text=True, check=True, capture_output=True)
+        assert "failed" not in output.stdout + output.stderr, output.stdout + output.stderr
+        self.call("block-export-del", {"id": "guest"})
+        self.call("nbd-server-stop")
+
+    def cut_with_bitmap(self, source: str, fleecing: str, snapshot: str, bitmap: str, granularity: int) -> None:
+        """Copy-before-write of what a dirty bitmap of the source has, and a snapshot with a copy of the bitmap."""
+        of_source = {"node": source, "name": bitmap}
+        self.add("cbw", "copy-before-write", file=source, target=fleecing, bitmap=of_source)
+        self.add(snapshot, "snapshot-access", file="cbw")
+        self.call(
+            "block-dirty-bitmap-add",
+            {"node": snapshot, "name": bitmap, "granularity": granularity, "disabled": True},
+        )
+        self.call("block-dirty-bitmap-merge", {"node": snapshot, "target": bitmap, "bitmaps": [of_source]})
+
     def backup(self, source: str, target: str, sync: str = "full", **options: Any) -> None:
         """Start a backup job."""
         job = {"job-id": "b0", "device": source, "target": target, "sync": sync, **options}
@@ -123,7 +147,7 @@ class Daemon:
 
     def cpu(self) -> float:
         """Seconds of processor time so far, of all threads, in user mode and in the kernel."""
-        return time.clock_gettime(~self.process.pid << 3 | 2)       # what clock_getcpuclockid(3) returns
+        return time.clock_gettime(~self.process.pid << 3 | 2)  # what clock_getcpuclockid(3) returns
 
     def end_export(self, export: str) -> None:
         self.call("block-export-del", {"id": export})

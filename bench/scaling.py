@@ -30,7 +30,7 @@ from pyfleece.load import Load
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 UNIT = 64 * KIB
-DATA = 256                                          # units of data, wherever the disk ends
+DATA = 256  # units of data, wherever the disk ends
 # Of the disks of a table: 8 KiB for each of a million extents. And for a test that all of it works.
 SIZES = {"extents": 8 * GIB, "dirty": GIB, "workers": GIB, "disks": 128 * MIB}
 QUICK = {"extents": 16 * MIB, "dirty": 64 * MIB, "workers": 16 * MIB, "disks": 4 * MIB}
@@ -39,13 +39,13 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Table:
-    title: str                                      # may have the {size} in it
-    head: str                                       # of the first column
+    title: str  # may have the {size} in it
+    head: str  # of the first column
     points: list[float]
     quick: list[float]
     label: Callable[[float], str]
-    prepare: Callable[[str, float], None]           # once for each point: the files
-    measure: Callable[[str, float], Figures]        # in a process of its own; the names are the other columns
+    prepare: Callable[[str, float], None]  # once for each point: the files
+    measure: Callable[[str, float], Figures]  # in a process of its own; the names are the other columns
     most_rounds: int = 1000
 
 
@@ -56,7 +56,7 @@ def sparse(path: str, size: float, block: int, step: int, count: int) -> None:
     """A file with `block` bytes of data at each of the first multiples of `step`, on stable storage."""
     data = os.urandom(block)
     with open(path, "wb") as file:
-        file.truncate(min(int(size), 16 * TIB - 4096))          # where ext4 ends
+        file.truncate(min(int(size), 16 * TIB - 4096))  # where ext4 ends
         for index in range(count):
             os.pwrite(file.fileno(), data, index * step)
         os.fsync(file.fileno())

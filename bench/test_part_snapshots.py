@@ -73,7 +73,7 @@ def test_cut(benchmark, name, kept):
         path = os.path.join(directory, "sparse.raw")
         with open(path, "wb") as file:
             try:
-                file.truncate(min(SIZES[name], 16 * TIB - 4096))       # where ext4 ends
+                file.truncate(min(SIZES[name], 16 * TIB - 4096))  # where ext4 ends
             except OSError as error:
                 pytest.skip(f"no file of this size here: {error}")
         with open_disk(path) as disk, ExitStack() as cut:

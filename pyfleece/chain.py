@@ -27,7 +27,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ _NAME = re.compile(r"(\d{6,})-\d{8}T\d{6}Z")
 _LONGEST_MANIFEST = 1 << 20             # bytes
 _LONGEST_CHAIN = 48                     # images; a driver opens 64 at most
 _FORMATS = ("qcow2", "raw")
+_DIGESTS = (".digests", ".full-digests")        # of what was copied first, and when it was made a full one
+_SUFFIXES = (".qcow2", ".raw", *_DIGESTS)
 
 
 class ChainError(Error):
@@ -181,7 +183,8 @@ class Repository:
             if create:
                 os.makedirs(self.directory, exist_ok=True)
                 if not os.path.exists(path):
-                    foreign = [name for name in os.listdir(self.directory) if name != _LOCK]
+                    ours = (_LOCK, f"{_ABOUT}.partial")
+                    foreign = [name for name in os.listdir(self.directory) if name not in ours]
                     if foreign:
                         raise ChainError(f"{self.directory} has {foreign[0]} in it, and is no directory of backups")
                     self._publish(_ABOUT, _dump({"version": 1, "uuid": str(uuid.uuid4())}))
@@ -356,10 +359,19 @@ class Repository:
 
     def _tidy(self, points: list[Point]) -> None:
         """Remove what an interrupted backup or prune left."""
-        last = points[-1].sequence if points else 0
+        first, last = (points[0].sequence, points[-1].sequence) if points else (0, 0)
+        if points and points[0].parent is not None:
+            first = 0                   # it stands on what somebody took out of the list: that is not ours to drop
+        digests_of = {point.name: point.digests for point in points}
         for name in os.listdir(self.directory):
             match = _NAME.match(name)
-            if match and (name.endswith((".partial", ".full")) or int(match[1]) > last):
+            if match is None:
+                continue
+            stem, suffix = os.path.splitext(name)
+            half = suffix in (".partial", ".full") or int(match[1]) > last
+            dropped = suffix in _SUFFIXES and _NAME.fullmatch(stem) and int(match[1]) < first
+            replaced = suffix in _DIGESTS and name != digests_of.get(stem, name)
+            if half or dropped or replaced:
                 os.unlink(self._path(name))
 
     # ---- verify ----
@@ -422,6 +434,7 @@ class Repository:
                     self._make_full(point, workers)
             for point in reversed(old):         # nothing ever stands on what is not there
                 self._remove_point(point)
+            self._tidy(self.points)
             return [point.name for point in old]
 
     def _make_full(self, point: Point, workers: int | None) -> None:
@@ -431,7 +444,7 @@ class Repository:
             # Beside it, then over it: the backup would refuse to replace what it reads.
             temporary = f"{path}.full"
             result = backup(whole, temporary, format="qcow2", workers=workers, on_piece=collector)
-        written = self._write_digests(point.name, collector, suffix=".full")
+        written = self._write_digests(point.name, collector, ".full-digests")
         changed = {
             **asdict(point),
             **written,
@@ -441,11 +454,12 @@ class Repository:
             "data_bytes": result.data_bytes,
             "zero_bytes": result.zero_bytes,
         }
-        # The old digests are about a part of the new image, which has the same content: right in between, too.
+        # The old manifest and its digests, which are about a part, are true of the new image: it has the same content.
         os.replace(temporary, path)
-        os.replace(self._path(f"{point.name}.digests.full"), self._path(point.digests))
         self._sync()
         self._publish_point(Point(**changed))
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(point.digests))
 
     def _remove_point(self, point: Point) -> None:
         for name in (f"{point.name}.json", point.digests, point.image):
@@ -483,12 +497,12 @@ class Repository:
             raise FormatError(f"{self._path(name)} is no manifest: {error}") from error
         return point
 
-    def _write_digests(self, name: str, collector: digests.Collector, suffix: str = "") -> dict[str, Any]:
+    def _write_digests(self, name: str, collector: digests.Collector, suffix: str = ".digests") -> dict[str, Any]:
         """Write the file, durably; what the manifest says of it."""
         data = digests.encode(collector.algorithm, collector.records())
-        self._publish(f"{name}.digests{suffix}", data)
+        self._publish(f"{name}{suffix}", data)
         return {
-            "digests": f"{name}.digests",
+            "digests": f"{name}{suffix}",
             "digest_algorithm": collector.algorithm,
             "digests_digest": digests.hasher(collector.algorithm)(data).hex(),
         }

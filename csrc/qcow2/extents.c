@@ -30,37 +30,6 @@ static bool add_extent(fl_extent *extents, size_t max, size_t *n, uint64_t offse
     return true;
 }
 
-int map_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
-{
-    struct qcow2 *q = qcow2_of(image);
-    const uint64_t end = offset + length;
-    fl_extent below[64];
-    size_t n = 0;
-    bool room = true;
-    while (offset < end && room) {
-        struct place place;
-        int rc = look(q, offset, end - offset, &place, error);
-        if (rc < 0)
-            return rc;
-        uint64_t step = place.length, backed = place.state == UNALLOCATED ? in_backing(q, offset, step) : 0;
-        if (backed) {
-            size_t count;
-            if ((rc = image_extents(q->backing, offset, backed, below, 64, &count, error)) < 0)
-                return rc;
-            step = 0;
-            for (size_t i = 0; i < count && room; i++) {
-                room = add_extent(extents, max, &n, below[i].offset, below[i].length, below[i].kind);
-                step += room ? below[i].length : 0;
-            }
-        } else {
-            room = add_extent(extents, max, &n, offset, step, place.state == ZERO || place.state == UNALLOCATED ? FL_ZERO : FL_DATA);
-        }
-        offset += step;
-    }
-    *found = n;
-    return 0;
-}
-
 /* Two that touch are one when they say the same, and their bytes in the file follow each other. */
 static bool add_mapping(fl_mapping *mappings, size_t max, size_t *n, const fl_mapping *m)
 {
@@ -125,6 +94,26 @@ int map_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappi
             room = add_mapping(mappings, max, &n, &m);
         }
         offset += step;
+    }
+    *found = n;
+    return 0;
+}
+
+int map_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+{
+    const uint64_t end = offset + length;
+    fl_mapping mappings[64];
+    size_t n = 0;
+    bool room = true;
+    while (offset < end && room) {
+        size_t count;
+        int rc = map_map(image, offset, end - offset, mappings, MIN(64, max - n + 1), &count, error);   /* not far beyond what there is room for */
+        if (rc < 0)
+            return rc;
+        for (size_t i = 0; i < count && room; i++) {
+            room = add_extent(extents, max, &n, offset, mappings[i].length, mappings[i].flags & FL_MAP_DATA ? FL_DATA : FL_ZERO);
+            offset += mappings[i].length;
+        }
     }
     *found = n;
     return 0;
