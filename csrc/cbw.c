@@ -242,11 +242,8 @@ static int read_source(const struct saving *saving, uint64_t first, uint64_t cou
 /* Are clusters [first, first + count) of the source a hole? */
 static bool is_hole(fl_snapshot *snapshot, uint64_t first, uint64_t count)
 {
-    fl_extent extent;
-    size_t found;
-    uint64_t offset = first << snapshot->shift, bytes = MIN(count << snapshot->shift, snapshot->size - offset);
-    return bytes >= LOOK_FOR_HOLES && image_extents(snapshot->source, offset, bytes, &extent, 1, &found, NULL) == 0 &&
-           extent.kind == FL_ZERO && extent.length == bytes && offset + bytes <= image_ends_at(snapshot->source);
+    uint64_t offset = first << snapshot->shift, bytes = MIN(count << snapshot->shift, snapshot->size - offset), end = offset + bytes;
+    return bytes >= LOOK_FOR_HOLES && image_next_data(snapshot->source, offset, end) == end && end <= image_ends_at(snapshot->source);
 }
 
 /* Find the old data of a run of claimed clusters, and note in saving->found how that went. */
@@ -515,15 +512,14 @@ static uint64_t piece_end(const fl_disk *disk, enum change change, uint64_t offs
 }
 
 /* Zeroing or discarding a hole needs no saving, since it changes nothing, whatever others do meanwhile: whoever changes it first saves it. Is there a hole at
-   `offset`? `*end` is moved to where it, or the data there, ends. */
+   `offset`? `*end` is moved to where it ends. */
 static bool in_hole(fl_disk *disk, uint64_t offset, uint64_t *end)
 {
-    fl_extent extent;
-    size_t found;
-    if (image_extents(disk->source, offset, *end - offset, &extent, 1, &found, NULL) != 0)
+    uint64_t data = image_next_data(disk->source, offset, *end);
+    if (data == offset)
         return false;
-    *end = offset + extent.length;
-    return extent.kind == FL_ZERO;
+    *end = data;
+    return true;
 }
 
 static void count_latency(fl_disk *disk, struct attempt *attempt, bool last_piece)

@@ -243,6 +243,17 @@ int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *
     return image->ops->extents(image, offset, length, extents, max, found, error);
 }
 
+uint64_t image_next_data(fl_image *image, uint64_t offset, uint64_t end)
+{
+    fl_extent extent;
+    size_t found;
+    if (image->ops->next_data)
+        return image->ops->next_data(image, offset, end);
+    if (image_extents(image, offset, end - offset, &extent, 1, &found, NULL) != 0)
+        return offset;
+    return extent.kind == FL_ZERO ? offset + extent.length : offset;
+}
+
 /* A format without a map of its own has its bytes where the disk has them. */
 static int map_plain(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error)
 {

@@ -36,6 +36,8 @@ struct image_ops {
     /* As fl_image_extents; length and max are not 0. */
     int (*extents)(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
     uint64_t (*allocated)(fl_image *image);     /* bytes */
+    /* As image_next_data. NULL: extents tell, whatever it costs them to find out where data ends. */
+    uint64_t (*next_data)(fl_image *image, uint64_t offset, uint64_t end);
     /* Let [offset, offset + length) of `target`, an image with the same driver, share the blocks that this one has there, so that it reads as this one did
        at one moment during the call. Errors have no text. -EOPNOTSUPP: these two never can, and nothing was changed; any other: `target` holds there
        what it held, or what this one does. NULL: no two images can. */
@@ -110,6 +112,9 @@ int image_flush(fl_image *image, fl_error *error);
 int image_extents(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 int image_map(fl_image *image, uint64_t offset, uint64_t length, fl_mapping *mappings, size_t max, size_t *found, fl_error *error);
 int image_write_compressed(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error);
+
+/* Where the first data in [offset, end) may begin; `end`: all of it reads as zeros. What can't be found out is data. */
+uint64_t image_next_data(fl_image *image, uint64_t offset, uint64_t end);
 
 static inline uint64_t image_ends_at(fl_image *image)
 {

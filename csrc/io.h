@@ -77,6 +77,7 @@ int io_discard(struct io *io, uint64_t count, uint64_t offset, fl_error *error);
 /* Does io_discard give space back and leave zeros? True of files until it turned out not to work. */
 bool io_punches(struct io *io);
 /* The contract of fl_image_extents. */
+uint64_t io_next_data(struct io *io, uint64_t offset, uint64_t end);      /* image_next_data */
 int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 uint64_t io_allocated(struct io *io);   /* bytes */
 /* Start with what io_clone of the range has to wait for, while nobody has to wait for us. It may do nothing. */

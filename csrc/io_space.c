@@ -202,6 +202,18 @@ static int extent_at(struct io *io, uint64_t at, uint64_t limit, bool data_here,
     return FL_DATA;
 }
 
+/* One look, and none for the end of the data: finding that takes some file systems as long as there is data, tmpfs looks at each page. */
+uint64_t io_next_data(struct io *io, uint64_t offset, uint64_t end)
+{
+    struct stat st;
+    if (io->device)
+        return offset;
+    off_t data = lseek(io->fd, (off_t)offset, SEEK_DATA);
+    if (data < 0 && errno == ENXIO && fstat(io->fd, &st) == 0 && (uint64_t)st.st_size >= end)
+        return end;
+    return data > (off_t)offset ? MIN((uint64_t)data, end) : offset;
+}
+
 int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
 {
     const uint64_t limit = offset + length;

@@ -59,6 +59,11 @@ static int raw_extents(fl_image *image, uint64_t offset, uint64_t length, fl_ext
     return io_extents(io_of(image), offset, length, extents, max, found, error);
 }
 
+static uint64_t raw_next_data(fl_image *image, uint64_t offset, uint64_t end)
+{
+    return io_next_data(io_of(image), offset, end);
+}
+
 static uint64_t raw_allocated(fl_image *image)
 {
     return io_allocated(io_of(image));
@@ -94,8 +99,8 @@ static void raw_destroy(fl_image *image)
 static const struct image_ops raw_ops = {
     .format = "raw",
     .readv = raw_readv, .writev = raw_writev, .zero = raw_zero, .discard = raw_discard, .flush = raw_flush,
-    .extents = raw_extents, .clone = raw_clone, .allocated = raw_allocated, .ends_at = raw_ends_at, .descriptor = raw_descriptor,
-    .destroy = raw_destroy,
+    .extents = raw_extents, .next_data = raw_next_data, .clone = raw_clone, .allocated = raw_allocated, .ends_at = raw_ends_at,
+    .descriptor = raw_descriptor, .destroy = raw_destroy,
 };
 
 /* An image whose file is not open yet, so that messages about the opening have a name that outlives it. */

@@ -438,13 +438,11 @@ class Guest:
     def __init__(self, path: Path, size: int, seed: int) -> None:
         self.path, self.size = path, size
         self.content = bytearray(initial(size, seed))
-        with path.open("wb") as file:
-            file.truncate(size)
+        with pyfleece.create(path, size) as image:
             for offset in range(0, size, 4096):
                 block = self.content[offset : offset + 4096]
                 if any(block):
-                    file.seek(offset)
-                    file.write(block)
+                    image.pwrite(block, offset)
         self.cuts: list[Cut] = []
         self.dirties: dict[str, Dirty] = {}
         self._names = 0
@@ -471,6 +469,16 @@ class Guest:
             cut.put_away()
         self.cuts.clear()
         self.dirties.clear()
+
+    def verify_closed(self) -> None:
+        """What is in the file, when nobody has it open."""
+        if self.path.suffix == ".raw":
+            assert self.path.read_bytes() == self.content
+            return
+        with pyfleece.open(self.path) as image:
+            assert image.pread(self.size, 0) == self.content
+        checked = pyfleece.check(self.path)
+        assert checked.status == 0, checked
 
     # ---- changes ----
 

@@ -26,7 +26,6 @@ from stateful_model import Cut, Dirty, Guest, Parked
 
 import pyfleece
 
-SIZES = ((256 << 10) + 513, (96 << 10) + 4097)
 MOST_CUTS = 3  # alive at once on one disk
 BLOCK = 4096
 
@@ -84,6 +83,9 @@ def made(raw: Raw, first: int, last: int) -> Change:
 
 
 class DiskMachine(RuleBasedStateMachine):
+    suffix = ".raw"
+    sizes = ((256 << 10) + 513, (96 << 10) + 4097)
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="pyfleece-stateful-"))
@@ -101,8 +103,8 @@ class DiskMachine(RuleBasedStateMachine):
     )
     def make(self, seeds: tuple[int, int], granularity: int, raw: list[Raw], cuts: list[Any]) -> None:
         """Two disks, with snapshots: without them little happens."""
-        for number, (size, seed) in enumerate(zip(SIZES, seeds)):
-            self.guests.append(Guest(self.directory / f"vm{number}.raw", size, seed))
+        for number, (size, seed) in enumerate(zip(self.sizes, seeds)):
+            self.guests.append(Guest(self.directory / f"vm{number}{self.suffix}", size, seed))
             self.bitmap_add(self.guests[number], NAMES[0], granularity)
             self.guests[number].change([made(each, 0, size) for each in raw])
         for number, setup, incremental in cuts:

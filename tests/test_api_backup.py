@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import MIB, content, require, run, wait_for
@@ -387,6 +388,22 @@ def test_options_that_make_no_sense(snapshot, state, tmp_path, options):
     with pytest.raises(ValueError):
         pyfleece.backup(snapshot, tmp_path / "backup.raw", **options)
     assert os.listdir(tmp_path) == ["vm.raw"]
+
+
+def test_workers_step_back_behind_the_guest(slow, tmp_path):
+    def of_threads(name):
+        for task in Path("/proc/self/task").iterdir():
+            if (task / "comm").read_text().strip() == name:
+                tid = int(task.name)
+                yield os.sched_getscheduler(tid), os.getpriority(os.PRIO_PROCESS, tid)
+
+    with slow(tmp_path / "t.raw") as job:
+        end = time.monotonic() + 30
+        while not (workers := set(of_threads("fl-backup"))) <= {(os.SCHED_BATCH, 10)} or not workers:
+            assert time.monotonic() < end, workers
+            time.sleep(0.01)
+        assert os.getpriority(os.PRIO_PROCESS, 0) < 10  # nobody else does
+        job.cancel()
 
 
 def test_speed_can_be_changed(slow, tmp_path):

@@ -12,6 +12,8 @@ Runs are the same each time. For a long run, with other examples each time:
 
     PYFLEECE_EXAMPLES=5000 python -m pytest tests/test_stateful.py
 
+The same on raw and qcow2 images.
+
 stateful_rules.py has the rules for disks and snapshots, stateful_faults.py those for what fails or hangs, this file
 those for backups and for closing. stateful_model.py and stateful_jobs.py are the model.
 """
@@ -233,21 +235,28 @@ class Machine(FaultMachine):
             job.finish()
         for cut in cuts:
             cut.verify()
-        assert guest.path.read_bytes() == guest.content
+        guest.verify_closed()
         guest.open()
 
 
-Machine.TestCase.settings = settings(
-    max_examples=EXAMPLES or 80,
-    stateful_step_count=40,
-    derandomize=not EXAMPLES,
-    database=None,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
+class Qcow2Machine(Machine):
+    suffix = ".qcow2"
+    sizes = ((256 << 10) + 512, (96 << 10) + 4096)
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)
-class TestDisksAndSnapshots(Machine.TestCase):
-    pass
+def runs(machine: type[Machine], examples: int) -> type:
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=EXAMPLES or examples,
+        stateful_step_count=40,
+        derandomize=not EXAMPLES,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    return pytest.mark.timeout(0 if EXAMPLES else 600)(case)
+
+
+TestDisksAndSnapshots = runs(Machine, 80)
+TestQcow2 = runs(Qcow2Machine, 25)

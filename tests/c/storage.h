@@ -1,5 +1,5 @@
-/* storage.h: storage that is slow, fails and is watched, below everything: this program's own preadv, pwritev, fdatasync and fallocate are called by the library
- * in place of the C library's. Include it in one file of a program.
+/* storage.h: storage that is slow, fails and is watched, below everything: this program's own transfers, fdatasync and fallocate are called by the library in
+ * place of the C library's. Include it in one file of a program.
  */
 #ifndef STORAGE_H
 #define STORAGE_H
@@ -80,6 +80,18 @@ ssize_t pwritev(int fd, const struct iovec *iov, int count, off_t offset)
         storage_watch(STORAGE_WRITE, iov, count, (uint64_t)offset, (uint64_t)n);
     storage_delay();
     return n;
+}
+
+ssize_t pread(int fd, void *buffer, size_t length, off_t offset)
+{
+    struct iovec iov = { buffer, length };
+    return preadv(fd, &iov, 1, offset);
+}
+
+ssize_t pwrite(int fd, const void *buffer, size_t length, off_t offset)
+{
+    struct iovec iov = { (void *)(uintptr_t)buffer, length };
+    return pwritev(fd, &iov, 1, offset);
 }
 
 int fdatasync(int fd)
