@@ -467,10 +467,10 @@ def backup(
     share them in place of copying, as `cp --reflink` does: no byte is moved, and the backup takes no space until the
     source is written to. What cannot be shared is copied; `Result.reflinked_bytes` tells. Off by default, for these
     reasons. It is no second copy: a bad sector hits both. It does not put the guest first: while a range is shared,
-    1 MiB at a time, guest writes anywhere on the source wait, also for the range's dirty data to reach the disk; a busy
-    guest keeps about a tenth of its rate while the backup runs (`speed` makes that gentler, and longer). And later
-    writes to shared blocks go elsewhere, which tears the source into pieces. Not with `compress` or `on_piece`, which
-    need the bytes.
+    1 MiB at a time, guest writes anywhere on the source wait, also for the range's dirty data to reach the disk. And
+    later writes to shared blocks go elsewhere, which tears the source into pieces: of a disk that is written to all
+    over, each such backup is slower than the one before, and soon slower than a copy. Not with `compress` or
+    `on_piece`, which need the bytes.
 
     For a new qcow2 image:
     `backing`, `backing_format`: a backing file, as `create` takes them: for an incremental, the backup before it. What
