@@ -197,12 +197,12 @@ class Mount(Resource):
 
     def _show(self, made: MountSnapshot) -> None:
         handles = [made[name]._handle if name in made else ffi.NULL for name in self._disks]
-        for snapshot in made.values():
-            snapshot._tell_break(self._bell[1])
         with self._lock:
-            # Under the lock, so that whoever sees the directory finds it here; the C call does not wait for anything.
+            # Under the lock, so that whoever sees the directory finds it here; the C calls do not wait for anything.
             call(lib.fl_mount_show, self._handle, os.fsencode(made.name), handles)
             self._cuts[made.name] = made
+            for snapshot in made.values():
+                snapshot._tell_break(self._bell[1])
         self._ring()
 
     def commit(self, name: str) -> None:
@@ -242,13 +242,17 @@ class Mount(Resource):
             for disk in self._disks.values():
                 if not disk.closed:
                     stack.callback(disk.flush)
-            for end in self._bell:
-                stack.callback(end.close)
+            stack.callback(self._close_bell)
             stack.callback(self._join)
             stack.callback(self._bell[1].shutdown, socket.SHUT_RDWR)
             stack.callback(self._end_cuts)
             stack.callback(self._watch.close)
             stack.callback(call, lib.fl_mount_close, self._handle)
+
+    def _close_bell(self) -> None:
+        with self._lock:                        # no snapshot is about to get it
+            for end in self._bell:
+                end.close()
 
     def _end_cuts(self) -> None:
         with self._lock:
