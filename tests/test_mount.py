@@ -14,6 +14,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,29 @@ def test_private_mappings_work(served: Served) -> None:
         mapped = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         assert mapped[:] == served.data
         mapped.close()
+
+
+def test_large_and_small_requests_side_by_side(served: Served) -> None:
+    """Large ones call helpers, which rest when they meet a small one."""
+    size = len(served.data)
+    models = [bytearray(served.data[start : start + size // 4]) for start in range(0, size // 4 * 4, size // 4)]
+
+    def use(part: int) -> None:
+        """A quarter of the disk each."""
+        rng, start, model = random.Random(part), part * (size // 4), models[part]
+        with opened(served.file) as fd:
+            for turn in range(150):
+                count = len(model) if turn % 3 else rng.randrange(1, 5000)
+                offset = rng.randrange(len(model) - count + 1)
+                if rng.random() < 0.5:
+                    data = rng.randbytes(count)
+                    assert os.pwrite(fd, data, start + offset) == count
+                    model[offset : offset + count] = data
+                assert os.pread(fd, count, start + offset) == model[offset : offset + count]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert served.file.read_bytes()[: size // 4 * 4] == b"".join(models)
 
 
 # ---- snapshots ----
