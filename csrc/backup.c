@@ -144,7 +144,7 @@ static void cancel(fl_backup *job)
 int job_discard(fl_backup *job, uint64_t offset, uint64_t length, fl_error *error)
 {
     fl_error why = { 0 };
-    int rc = fl_snapshot_discard(job->snapshot, length, offset, &why);
+    int rc = snapshot_discard_copied(job->snapshot, length, offset, &why);
     if (rc == -FL_EBROKEN)
         return 0;
     if (rc && error)

@@ -160,6 +160,7 @@ void mount_unref(fl_mount *mount)
     pool_destroy(mount);
     free(mount->mountpoint);
     pthread_cond_destroy(&mount->wake);
+    pthread_cond_destroy(&mount->helpers);
     pthread_cond_destroy(&mount->changed);
     pthread_mutex_destroy(&mount->lock);
     gate_destroy(&mount->gate);
@@ -175,6 +176,7 @@ int fl_mount_close(fl_mount *mount, fl_error *error)
     mount->closing = true;
     pthread_cond_broadcast(&mount->changed);
     pthread_cond_broadcast(&mount->wake);
+    pthread_cond_broadcast(&mount->helpers);
     while (!first && !mount->closed)
         pthread_cond_wait(&mount->changed, &mount->lock);
     pthread_mutex_unlock(&mount->lock);
@@ -293,7 +295,7 @@ int fl_mount_start(const char *mountpoint, fl_disk *const *disks, const char *co
     memset(mount, 0, sizeof *mount);
     mount->fd = -1;
     if (gate_init(&mount->gate) || pthread_mutex_init(&mount->lock, NULL) || cond_init(&mount->changed) ||
-        cond_init(&mount->wake)) {
+        cond_init(&mount->wake) || cond_init(&mount->helpers)) {
         free(mount);
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "cannot make the locks of a mount");
     }

@@ -21,6 +21,7 @@
 
 #include "cbw.h"
 
+#define LARGE_IO (64u << 10)            /* of at least so many bytes copying them is what takes the time */
 #define LARGEST_IO (1u << 20)           /* bytes of one read or write: what the kernel sends at most */
 #define MAX_THREADS 256
 #define DEFAULT_THREADS 64
@@ -86,6 +87,7 @@ struct worker {
     char *memory;               /* one mapping */
     char *request;              /* where a request is read to: so that the data of a write is aligned to pages */
     char *payload;              /* LARGEST_IO bytes, aligned to pages: the data of a write, or the answer to a read (the same memory) */
+    bool helper;                /* for large requests only, see export_fuse_pool.c */
     pthread_t thread;           /* under `lock`, as is what follows */
     bool used;                  /* it has a thread, or will in a moment */
     bool running;               /* `thread` and `id` are valid */
@@ -111,12 +113,16 @@ struct fl_mount {
     atomic_uint surplus;        /* workers that are to end after their next request */
     atomic_uint_least64_t served;       /* requests */
     atomic_bool pool_sleeps;    /* its thread wants to be woken by the next request */
+    atomic_uint resting;        /* helpers that wait to be called; changed under `lock` */
 
     pthread_mutex_t lock;       /* protects what follows */
     pthread_cond_t changed;     /* any of it */
     struct worker *workers;     /* `most_workers` of them */
     unsigned threads;           /* that run, the pool's own included */
     unsigned active;            /* workers among them */
+    unsigned helper_count;      /* of them, for large requests; fixed after start */
+    unsigned called;            /* helpers that are to go to work */
+    pthread_cond_t helpers;     /* `called`, or the end */
     pthread_cond_t wake;        /* the pool's thread: there is something to do, or the end */
     bool closing;               /* nothing new is taken on */
     bool ended;                 /* unmounted: the kernel says so, or close() does */

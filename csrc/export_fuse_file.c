@@ -1,8 +1,8 @@
 /* export_fuse_file.c: what is done with an open file.
  *
  * Reads are all or nothing: a short read would be the end of the file to whoever reads through a mapping, which fills the rest with zeros, and
- * a snapshot never lies. For the same reason only what reads as zeros is a hole to lseek: what was discarded or lost, or is outside of the bitmap,
- * is data, and reading it fails. A .changed file says the opposite of the last of these, which is what it is for.
+ * a snapshot never lies. For the same reason only what reads as zeros is a hole to lseek: what was discarded or lost, or is outside of the bitmap
+ * and was not saved, is data, and reading it fails. A .changed file says the opposite of the last of these, which is what it is for.
  */
 #define _GNU_SOURCE
 #ifdef FLEECE_FUSE
@@ -188,7 +188,7 @@ static void on_fallocate(fuse_req_t req, fuse_ino_t node, int mode, off_t where,
         rc = fl_disk_zero(file->disk, count, offset, &error);   /* and not a discard, after which it might read as anything */
         touch(file);
     } else if (punch) {
-        rc = fl_snapshot_discard(file->snapshot, count, offset, &error);
+        rc = (file->kind == CHANGED_FILE ? snapshot_discard_copied : fl_snapshot_discard)(file->snapshot, count, offset, &error);
     } else {
         fuse_reply_err(req, EROFS);
         return;
@@ -234,7 +234,8 @@ static int look(struct handle *handle, uint64_t offset, const fl_extent **extent
     if (!last || offset < all[0].offset || offset >= all[last - 1].offset + all[last - 1].length) {
         size_t found;
         handle->extent_count = 0;
-        rc = fl_snapshot_extents(file->snapshot, offset, file->size - offset, all, sizeof handle->extents / sizeof *all, &found, error);
+        rc = (file->kind == CHANGED_FILE ? fl_snapshot_extents : fl_snapshot_extents_readable)(
+            file->snapshot, offset, file->size - offset, all, sizeof handle->extents / sizeof *all, &found, error);
         if (rc)
             return rc;
         handle->extent_count = found;

@@ -1,11 +1,15 @@
 /* export_fuse_pool.c: the threads that serve a mount.
  *
  * Each reads requests from the device itself, into memory of its own that is laid out so that the data of a write starts at a page: a source with
- * O_DIRECT takes it from there without a copy. Splicing was left out: what is written has to be in memory anyway for copy-before-write, and for
- * 4 KiB the extra system calls of a pipe cost more than the copy. A thread that waits for a request is cancelled there, and nowhere else.
+ * O_DIRECT takes it from there without a copy. Splicing was left out: what is written has to be in memory anyway, and a direct write's pages the kernel
+ * copies into the pipe; for 4 KiB the extra system calls of a pipe cost more than the copy; and reads of a raw file out of the page cache, where it saves
+ * one of two copies, took as long, since a pipe of the size that anybody may have does not hold 1 MiB and an answer's header. A thread that waits for a request is cancelled there, and nowhere else.
  *
  * How many. From a page cache, one thread answers faster than several, which wake each other up and share the processors with the guest;
- * where requests wait for storage, there can't be enough. So the pool keeps as many threads able to run as half of the processors: its own
+ * where requests wait for storage, there can't be enough. And where requests are large, copying is what they wait for, and one that is copied by
+ * each processor is best. So there are helpers, one for each processor that has no worker: whoever takes a large request and leaves nobody at the
+ * device calls one, and a helper that took a small one goes back to rest.
+ * The pool keeps as many threads able to run as half of the processors: its own
  * thread looks every 2 ms while there is something to do, and when requests wait, nobody is there to take them, and threads are blocked, it adds
  * as many. When some were not needed for a second, half of those end.
  */
@@ -14,6 +18,7 @@
 #include "export_fuse.h"
 
 #include <fcntl.h>
+#include <linux/fuse.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdio.h>
@@ -59,12 +64,47 @@ static void wake_pool(fl_mount *mount)
     pthread_mutex_unlock(&mount->lock);
 }
 
+/* Is it one that takes long because of its bytes? */
+static bool is_large(const struct worker *worker, size_t length)
+{
+    const struct fuse_in_header *header = (const void *)worker->request;
+    const struct fuse_read_in *read_in = (const void *)(header + 1);
+    return length >= LARGE_IO || (length >= sizeof *header + sizeof *read_in && header->opcode == FUSE_READ && read_in->size >= LARGE_IO);
+}
+
+/* Of a helper: until there is something for it, or the end. */
+static void rest(fl_mount *mount)
+{
+    pthread_mutex_lock(&mount->lock);
+    atomic_fetch_add(&mount->resting, 1);
+    while (!mount->called && !mount->closing && !mount->ended)
+        pthread_cond_wait(&mount->helpers, &mount->lock);
+    if (mount->called)
+        mount->called--;
+    else
+        atomic_fetch_sub(&mount->resting, 1);
+    pthread_mutex_unlock(&mount->lock);
+}
+
+static void call_helper(fl_mount *mount)
+{
+    pthread_mutex_lock(&mount->lock);
+    if (atomic_load(&mount->resting)) {
+        atomic_fetch_sub(&mount->resting, 1);
+        mount->called++;
+        pthread_cond_signal(&mount->helpers);
+    }
+    pthread_mutex_unlock(&mount->lock);
+}
+
 /* Until the mount ends, or this thread is not needed: then true. */
 static bool serve(struct worker *worker)
 {
     fl_mount *mount = worker->mount;
     int old;
-    while (!is_surplus(mount)) {
+    if (worker->helper)
+        rest(mount);
+    while (worker->helper ? !is_over(mount) : !is_surplus(mount)) {
         atomic_fetch_add(&mount->reading, 1);
         pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &old);
         ssize_t length = read(mount->fd, worker->request, REQUEST_SIZE);
@@ -78,10 +118,15 @@ static bool serve(struct worker *worker)
         atomic_fetch_add(&mount->served, 1);            /* then the look: pairs with the pool's thread, which says that it sleeps and then looks */
         if (UNLIKELY(atomic_load(&mount->pool_sleeps)))
             wake_pool(mount);
+        bool large = is_large(worker, (size_t)length);
+        if (large && !atomic_load(&mount->reading) && atomic_load(&mount->resting))
+            call_helper(mount);
         struct fuse_buf buffer = { .size = (size_t)length, .mem = worker->request };
         fuse_session_process_buf(mount->session, &buffer);
         if (fuse_session_exited(mount->session))        /* the kernel's version does not suit libfuse */
             return false;
+        if (worker->helper && !large)
+            rest(mount);
     }
     return true;
 }
@@ -129,6 +174,7 @@ static void *worker_body(void *argument)
         mount->ended = true;    /* one thread's end is everybody's: the others read the same */
         pthread_cond_broadcast(&mount->changed);
         pthread_cond_broadcast(&mount->wake);
+        pthread_cond_broadcast(&mount->helpers);
         pthread_mutex_unlock(&mount->lock);
     }
     pthread_cleanup_pop(1);
@@ -148,7 +194,7 @@ static bool begin_thread(fl_mount *mount, void *(*body)(void *), void *argument)
 }
 
 /* Under the lock. false: there are enough, or it does not work now. */
-static bool add_worker(fl_mount *mount)
+static bool add_worker(fl_mount *mount, bool helper)
 {
     unsigned i = 0;
     while (i < mount->most_workers && mount->workers[i].used)
@@ -159,7 +205,8 @@ static bool add_worker(fl_mount *mount)
     char *memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return false;
-    *worker = (struct worker){ .mount = mount, .memory = memory, .payload = memory + 4096, .request = memory + 4096 - REQUEST_HEADER, .used = true };
+    *worker = (struct worker){ .mount = mount, .memory = memory, .payload = memory + 4096, .request = memory + 4096 - REQUEST_HEADER,
+                                .helper = helper, .used = true };
     if (!begin_thread(mount, worker_body, worker)) {
         munmap(memory, MEMORY_SIZE);
         worker->used = false;
@@ -200,12 +247,14 @@ static bool requests_wait(const fl_mount *mount)
     return poll(&device, 1, 0) == 1 && (device.revents & POLLIN);
 }
 
-static unsigned half_of_the_processors(void)
+static unsigned processors(void)
 {
     cpu_set_t set;
-    int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 2;
-    return (unsigned)MAX(count / 2, 1);
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? (unsigned)CPU_COUNT(&set) : 2;
 }
+
+/* Threads that serve small requests. */
+static unsigned enough_for_small(void) { return MAX(processors() / 2, 1u); }
 
 /* Wait until requests come in. Under the lock. */
 static void sleep_until_served(fl_mount *mount, uint64_t served)
@@ -219,7 +268,7 @@ static void sleep_until_served(fl_mount *mount, uint64_t served)
 static void *pool_body(void *argument)
 {
     fl_mount *mount = argument;
-    unsigned enough = half_of_the_processors(), idle = 0, short_of = 0;
+    unsigned enough = enough_for_small(), idle = 0, short_of = 0;
     pthread_mutex_lock(&mount->lock);
     uint64_t served = atomic_load(&mount->served);
     while (!mount->closing && !mount->ended) {
@@ -229,13 +278,15 @@ static void *pool_body(void *argument)
         if (reading == 0 && !mount->closing && requests_wait(mount))
             blocked = count_blocked(mount);
         short_of = reading == 0 && blocked && mount->active - blocked < enough ? short_of + 1 : 0;
+        blocked -= MIN(blocked, atomic_load(&mount->resting));
         if (short_of >= SHORT_TICKS)
-            while (blocked-- && add_worker(mount))      /* as many again: so that the first of many requests do not wait long */
+            while (blocked-- && add_worker(mount, false))      /* as many again: so that the first of many requests do not wait long */
                 ;
         idle = reading >= 2 ? idle + 1 : 0;
         if (idle == IDLE_TICKS) {
             idle = 0;
-            atomic_store(&mount->surplus, reading / 2);
+            unsigned others = mount->active - mount->helper_count;
+            atomic_store(&mount->surplus, others > enough ? MIN(reading / 2, others - enough) : 0);
         }
         if (requests == served && reading)
             sleep_until_served(mount, served);
@@ -254,8 +305,11 @@ int pool_start(fl_mount *mount, unsigned most, fl_error *error)
     mount->workers = calloc(most, sizeof *mount->workers);
     bool good = mount->workers != NULL;
     pthread_mutex_lock(&mount->lock);
-    for (unsigned i = 0; i < MIN(most, half_of_the_processors()) && good; i++)
-        good = add_worker(mount);
+    unsigned enough = enough_for_small();
+    for (unsigned i = 0; i < MIN(most, processors()) && good; i++) {
+        good = add_worker(mount, i >= enough);
+        mount->helper_count += i >= enough;
+    }
     good = good && begin_thread(mount, pool_body, mount);
     pthread_mutex_unlock(&mount->lock);
     return good ? 0 : fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "cannot start the threads of a mount");

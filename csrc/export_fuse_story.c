@@ -164,8 +164,9 @@ static int stats_text(fl_snapshot *snapshot, char *out, size_t size)
     if (rc)
         return rc;
     const char *state = fl_snapshot_check(snapshot, NULL) ? "broken" : "live";
-    size_t used = (size_t)snprintf(out, size, "{\"state\": \"%s\", \"size\": %llu, \"cluster_size\": %u, \"incremental\": %s", state,
-                                   (unsigned long long)snapshot->size, snapshot->cluster_size, snapshot->incremental ? "true" : "false");
+    size_t used = (size_t)snprintf(out, size, "{\"state\": \"%s\", \"size\": %llu, \"cluster_size\": %u, \"incremental\": %s, \"whole\": %s", state,
+                                   (unsigned long long)snapshot->size, snapshot->cluster_size, snapshot->incremental ? "true" : "false",
+                                   snapshot->bounded ? "false" : "true");
     for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
         used += (size_t)snprintf(out + used, size - used, ", \"%s\": %llu", counters[i].name,
                                  (unsigned long long)*(const uint64_t *)((const char *)&stats + counters[i].offset));

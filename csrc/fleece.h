@@ -61,7 +61,7 @@ void fl_set_interrupt(int (*hook)(void), unsigned long thread);
 enum fl_kind {
     FL_DATA,                    /* may hold anything */
     FL_ZERO,                    /* reads as zeros: a hole, or known zeros */
-    FL_DISCARDED, FL_LOST, FL_OUTSIDE   /* of snapshots only: reading it fails with the code of the same name */
+    FL_DISCARDED, FL_LOST, FL_OUTSIDE   /* of snapshots only: reading it fails with the code of the same name, but see `whole` */
 };
 
 typedef struct fl_extent { uint64_t offset, length; int kind; } fl_extent;
@@ -308,6 +308,9 @@ typedef struct fl_snapshot_options {
     uint64_t fleecing_limit;    /* bytes of the fleecing image that may be in use; 0: all of it */
     const char *bitmap;         /* NULL: a full snapshot; else freeze this dirty bitmap at the cut */
     int bitmap_mode;            /* enum fl_bitmap_mode */
+    /* Of an incremental: save what is outside of the bitmap, too, so that all of the disk can be read. What belongs to the incremental stays what
+       the bitmap holds: fl_snapshot_extents tells it, backups copy and discard that. A full snapshot is whole in any case. */
+    int whole;
 } fl_snapshot_options;
 
 /* Cut `count` different disks at one instant. All or none. */
@@ -320,11 +323,17 @@ uint32_t fl_snapshot_cluster_size(fl_snapshot *snapshot);
 int fl_snapshot_pread(fl_snapshot *snapshot, void *buffer, size_t count, uint64_t offset, fl_error *error);
 int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
                         fl_extent *extents, size_t max, size_t *found, fl_error *error);
+/* The same for what can be read, whether the bitmap holds it or not: FL_OUTSIDE is told only where it was not saved, so not of a `whole` one. */
+int fl_snapshot_extents_readable(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
+                                 fl_extent *extents, size_t max, size_t *found, fl_error *error);
 /* "I have it": the whole clusters in the range (the tail counts as whole) are not saved on write any more, can't be read any more,
    and what the store holds of them is freed. */
 int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
 /* 0 while it lives; -FL_EBROKEN with the first cause. */
 int fl_snapshot_check(fl_snapshot *snapshot, fl_error *error);
+/* When it breaks, send one byte to this socket, at once if it is broken already. A copy of the socket is kept as long as the snapshot's memory; nobody
+   ever waits for it: when it is full or shut down nothing is sent. Once: -EBUSY. -errno. */
+int fl_snapshot_tell_break(fl_snapshot *snapshot, int socket, fl_error *error);
 /* Of an incremental: the backup is good, or it is not; what becomes of the frozen dirty bitmap is decided at once, and for good (see enum fl_bitmap_mode).
    Close aborts, where neither was called. -EINVAL after the other one; nothing on a full snapshot. */
 int fl_snapshot_commit(fl_snapshot *snapshot, fl_error *error);

@@ -8,7 +8,10 @@
 #define _GNU_SOURCE
 #include "snapshot.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 /* ---- states ---- */
 
@@ -32,11 +35,12 @@ static uint64_t run_end(const struct bitmap *bitmap, uint64_t cluster, uint64_t 
     return *set ? bitmap_next_clear(bitmap, cluster, end) : bitmap_next_set(bitmap, cluster, end);
 }
 
-/* The state of `cluster`, and up to where (at most `*end`) its neighbours are in the same one. A look at a moment: it may have moved on. */
-static enum cluster_state look(const fl_snapshot *snapshot, uint64_t cluster, uint64_t *end)
+/* The state of `cluster`, and up to where (at most `*end`) its neighbours are in the same one. A look at a moment: it may have moved on. `by_bitmap`: what is
+   outside of the frozen bitmap is OUTSIDE, whatever became of it. */
+static enum cluster_state look(const fl_snapshot *snapshot, bool by_bitmap, uint64_t cluster, uint64_t *end)
 {
     bool set;
-    if (snapshot->incremental) {
+    if (by_bitmap) {
         uint64_t inside = next_inside(snapshot, cluster, *end, true);
         if (inside != cluster) {
             *end = inside;
@@ -75,10 +79,35 @@ static uint64_t inside_word(const fl_snapshot *snapshot, uint64_t word)
 uint64_t snapshot_done_word(const fl_snapshot *snapshot, uint64_t word)
 {
     uint64_t done = bitmap_word(&snapshot->saved, word) | bitmap_word(&snapshot->released, word) | bitmap_word(&snapshot->lost, word);
-    return snapshot->incremental ? done | ~inside_word(snapshot, word) : done;
+    return snapshot->bounded ? done | ~inside_word(snapshot, word) : done;
 }
 
 /* ---- broken, ended ---- */
+
+static void ring(fl_snapshot *snapshot)
+{
+    int bell = atomic_load(&snapshot->bell);
+    if (bell)
+        send(bell - 1, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+int fl_snapshot_tell_break(fl_snapshot *snapshot, int bell, fl_error *error)
+{
+    int none = 0, rc = gate_pass(&snapshot->gate, "snapshot", error);
+    if (rc)
+        return rc;
+    int copy = fcntl(bell, F_DUPFD_CLOEXEC, 0);
+    if (copy < 0) {
+        rc = fail(error, errno, FL_SIDE_NONE, 0, 0, "cannot keep the socket that is to be told when a snapshot breaks");
+    } else if (!atomic_compare_exchange_strong(&snapshot->bell, &none, copy + 1)) {
+        close(copy);
+        rc = fail(error, EBUSY, FL_SIDE_NONE, 0, 0, "another socket is told when the snapshot breaks");
+    } else if (!snapshot_live(snapshot)) {
+        ring(snapshot);         /* perhaps for the second time */
+    }
+    gate_leave(&snapshot->gate);
+    return rc;
+}
 
 void snapshot_break(fl_snapshot *snapshot, const fl_error *cause)
 {
@@ -92,6 +121,7 @@ void snapshot_break(fl_snapshot *snapshot, const fl_error *cause)
     if (first) {
         snapshot_claims_changed(snapshot);
         store_abort(snapshot->store);
+        ring(snapshot);
     }
 }
 
@@ -216,7 +246,7 @@ int fl_snapshot_pread(fl_snapshot *snapshot, void *buffer, size_t count, uint64_
     rc = check_range(snapshot, count, offset, &story);
     while (count && rc == 0) {
         uint64_t cluster = offset >> snapshot->shift, end = ((offset + count - 1) >> snapshot->shift) + 1;
-        enum cluster_state state = look(snapshot, cluster, &end);
+        enum cluster_state state = look(snapshot, snapshot->bounded, cluster, &end);
         if (state == RELEASED || state == LOST || state == OUTSIDE) {
             rc = refuse(snapshot, state, cluster, end, &story);
             break;
@@ -241,7 +271,7 @@ uint64_t snapshot_unsaved(fl_snapshot *snapshot, uint64_t length, uint64_t offse
     uint64_t end = ((offset + length - 1) >> snapshot->shift) + 1;
     if (gate_enter(&snapshot->gate))
         return 0;
-    bool unsaved = look(snapshot, offset >> snapshot->shift, &end) == UNSAVED;
+    bool unsaved = look(snapshot, snapshot->bounded, offset >> snapshot->shift, &end) == UNSAVED;
     gate_leave(&snapshot->gate);
     return unsaved ? MIN(length, (end << snapshot->shift) - offset) : 0;
 }
@@ -328,7 +358,7 @@ static const int kind_of[] = {
     [SAVED] = FL_DATA, [SAVED_ZERO] = FL_ZERO, [RELEASED] = FL_DISCARDED, [LOST] = FL_LOST, [OUTSIDE] = FL_OUTSIDE,
 };
 
-int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+static int find_extents(fl_snapshot *snapshot, bool by_bitmap, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
 {
     struct list list = { extents, max, 0 };
     struct source_view view = { .end = 0 };
@@ -342,7 +372,7 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
     while (rc == 0 && offset < end_offset) {
         uint64_t cluster = offset >> snapshot->shift, end = ((end_offset - 1) >> snapshot->shift) + 1;
         end = MIN(end, cluster + LOOK_AHEAD);
-        enum cluster_state state = look(snapshot, cluster, &end);
+        enum cluster_state state = look(snapshot, by_bitmap, cluster, &end);
         uint64_t part = MIN(end_offset, end << snapshot->shift) - offset;
         if (state != UNSAVED) {
             if (!append(&list, offset, part, kind_of[state]))
@@ -368,6 +398,16 @@ int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length,
     return rc;
 }
 
+int fl_snapshot_extents(fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+{
+    return find_extents(snapshot, snapshot->incremental, offset, length, extents, max, found, error);
+}
+
+int fl_snapshot_extents_readable(fl_snapshot *snapshot, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error)
+{
+    return find_extents(snapshot, snapshot->bounded, offset, length, extents, max, found, error);
+}
+
 /* ---- discarding ---- */
 
 int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error)
@@ -391,6 +431,20 @@ int fl_snapshot_discard(fl_snapshot *snapshot, uint64_t count, uint64_t offset, 
     }
 out:
     gate_leave(&snapshot->gate);
+    return rc;
+}
+
+int snapshot_discard_copied(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error)
+{
+    if (snapshot->bounded || !snapshot->incremental)
+        return fl_snapshot_discard(snapshot, count, offset, error);
+    int rc = 0;
+    uint64_t limit = offset + count, end = div_up(limit, snapshot->cluster_size), next;
+    for (uint64_t at = offset >> snapshot->shift; (at = next_inside(snapshot, at, end, true)) < end && rc == 0; at = next) {
+        next = next_inside(snapshot, at, end, false);
+        uint64_t from = MAX(offset, cluster_offset(snapshot, at));
+        rc = fl_snapshot_discard(snapshot, MIN(limit, cluster_offset(snapshot, next)) - from, from, error);
+    }
     return rc;
 }
 
@@ -476,6 +530,8 @@ void snapshot_let_go(fl_snapshot *snapshot)
 static void destroy(fl_snapshot *snapshot)
 {
     snapshot_let_go(snapshot);
+    if (atomic_load(&snapshot->bell))
+        close(atomic_load(&snapshot->bell) - 1);
     bitmap_destroy(&snapshot->claimed);
     bitmap_destroy(&snapshot->saved);
     bitmap_destroy(&snapshot->zero);
@@ -532,6 +588,7 @@ int snapshot_create(fl_image *source, const fl_snapshot_options *options, uint64
     snapshot->bitmap_mode = options->bitmap_mode;
     if (bitmap_granularity) {
         snapshot->incremental = true;
+        snapshot->bounded = !options->whole;
         snapshot->frozen_shift = (unsigned)__builtin_ctzll(bitmap_granularity) - snapshot->shift;
     }
     rc = make_bitmaps(snapshot);

@@ -25,6 +25,7 @@ struct fl_snapshot {
     int on_cbw_error;
     uint64_t cbw_timeout;
     bool incremental;
+    bool bounded;               /* an incremental for which what is outside of `frozen` counts as released */
     int bitmap_mode;            /* enum fl_bitmap_mode */
     struct bitmap frozen;       /* of an incremental: what belongs to it, one bit per 2^frozen_shift clusters; set at the cut */
     unsigned frozen_shift;
@@ -45,6 +46,7 @@ struct fl_snapshot {
     atomic_int state;           /* enum snapshot_state; only goes up */
     pthread_mutex_t lock;       /* protects `first`, and the waits for claims */
     fl_error first;             /* why it broke */
+    atomic_int bell;            /* socket + 1, for whoever wants to know that it broke; 0: nobody */
     atomic_uint claim_waiters;
     pthread_cond_t claims_changed;      /* a claim ended: saved, lost, given up, or broken */
 
@@ -57,7 +59,7 @@ struct fl_snapshot {
 
 static inline bool snapshot_live(fl_snapshot *snapshot) { return atomic_load(&snapshot->state) == SNAPSHOT_LIVE; }
 
-/* Clusters of word `word` that need no saving: saved, released, lost, or not in the bitmap of an incremental. */
+/* Clusters of word `word` that need no saving: saved, released, lost, or outside of what a bounded one keeps. */
 uint64_t snapshot_done_word(const fl_snapshot *snapshot, uint64_t word);
 /* Bytes of cluster's old data: the last one may be short. */
 static inline uint32_t snapshot_cluster_bytes(const fl_snapshot *snapshot, uint64_t cluster)
@@ -94,6 +96,8 @@ uint64_t snapshot_unsaved(fl_snapshot *snapshot, uint64_t length, uint64_t offse
 int snapshot_clone(fl_snapshot *snapshot, fl_image *target, uint64_t length, uint64_t offset, uint64_t *good);
 /* Bytes that belong to it: the disk, or what its dirty bitmap holds. */
 uint64_t snapshot_total(fl_snapshot *snapshot);
+/* fl_snapshot_discard of a range that was copied by extents: what is outside of the bitmap was not, and stays. */
+int snapshot_discard_copied(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
 
 #define DEFAULT_CLUSTER_SIZE 4096u
 

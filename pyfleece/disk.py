@@ -123,6 +123,7 @@ class Disk(Resource):
         fleecing_limit: int | None = None,
         stage_size: int = 64 << 20,
         fleecing_dir: Path | None = None,
+        whole: bool = False,
     ) -> Snapshot:
         """Cut: the state of the disk at this instant, to read from while the disk goes on being written.
 
@@ -141,6 +142,8 @@ class Disk(Resource):
         `bitmap_mode`: when what was frozen is merged back into the bitmap: "on-success": unless `commit` is called;
         "always": as above, but without a commit only what was not discarded from the snapshot (copied, that is);
         "never": always: the bitmap just says what to copy. Ranges that were lost come back in any case.
+        `whole`: save what is outside of the bitmap, too, so that reading works everywhere. What the incremental has is
+        still what the bitmap has: that is what `extents`, `backup` and `chunks` deal with.
         `on_cbw_error`: what happens when old data can't be saved: "break-snapshot": the guest goes on, reading the
         snapshot raises from then on; "break-guest-write": the write fails, the snapshot lives; "lose-range": the
         guest goes on, these clusters are lost.
@@ -159,6 +162,7 @@ class Disk(Resource):
             fleecing_limit=fleecing_limit,
             stage_size=stage_size,
             fleecing_dir=fleecing_dir,
+            whole=whole,
         )[0]
 
     def _close(self) -> None:
@@ -179,6 +183,7 @@ def cut(
     fleecing_limit: int | None,
     stage_size: int,
     fleecing_dir: Path | None,
+    whole: bool,
 ) -> list[Snapshot]:
     """Snapshots of several disks at one instant: all or none. `each`: per disk, its fleecing= and its bitmap=."""
     if on_cbw_error not in POLICIES:
@@ -199,6 +204,7 @@ def cut(
                 names.append(ffi.new("char[]", bitmap.encode()))
                 option.bitmap = names[-1]
             option.bitmap_mode = BITMAP_MODES[bitmap_mode]
+            option.whole = bool(whole)
             image, ours = open_fleecing(fleecing, fleecing_dir, disk.source)
             images.append((image, ours))
             if image is not None:

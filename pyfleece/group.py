@@ -96,6 +96,7 @@ def snapshot_group(
     fleecing_limit: int | None = None,
     stage_size: int = 64 << 20,
     fleecing_dir: Path | None = None,
+    whole: bool = False,
     freeze: Hook | None = None,
     thaw: Hook | None = None,
     freeze_timeout: float = 10.0,
@@ -143,6 +144,7 @@ def snapshot_group(
                 fleecing_limit=fleecing_limit,
                 stage_size=stage_size,
                 fleecing_dir=fleecing_dir,
+                whole=whole,
             )
             for snapshot in snapshots:
                 undo.callback(snapshot.close)

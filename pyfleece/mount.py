@@ -6,7 +6,7 @@
     MOUNT/.snap/NAME/vm.changed     of an incremental: the same, but everything outside of the bitmap is a hole
 
 See docs/mount.md for what each file can do. The files are served by threads in C that never need Python; only a
-mkdir, a rmdir and reports of errors come here.
+mkdir, a rmdir and reports of errors and of changes come here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import atexit
 import errno
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ OnError = Callable[[str, Error], Any]
 _log = logging.getLogger(__name__)
 _FOREVER = 1 << 62
 _OPTIONS = frozenset(
-    ("cluster_size", "on_cbw_error", "cbw_timeout", "fleecing", "fleecing_dir", "fleecing_limit", "stage_size")
+    ("cluster_size", "on_cbw_error", "cbw_timeout", "fleecing", "fleecing_dir", "fleecing_limit", "stage_size", "whole")
 )
 
 
@@ -82,6 +83,7 @@ class Mount(Resource):
         self._defaults: dict[str, Any] = {}
         self._bitmaps: Mapping[str, str | None] = {}
         self._on_error: OnError | None = None
+        self._on_change: Callable[[], Any] | None = None
         self._lock = threading.Lock()                       # protects the next two
         self._cuts: dict[str, MountSnapshot] = {}
         self._reserved: set[str] = set()                    # names of cuts that are being made
@@ -103,11 +105,15 @@ class Mount(Resource):
             filename=mountpoint,
         )
         self._watch = Watch(mountpoint)
+        # What is sent into the second one lets `_tell_changes` go on. A full one loses nothing: it will be looked at.
+        self._bell = socket.socketpair()
+        self._bell[1].setblocking(False)
         for disk in self._disks.values():
             disk._users.add(self)
         self._threads = [
             threading.Thread(target=self._serve_requests, args=(self._handle,), name="pyfleece-mount", daemon=True),
             threading.Thread(target=self._tell_failures, args=(self._handle,), name="pyfleece-mount", daemon=True),
+            threading.Thread(target=self._tell_changes, name="pyfleece-mount", daemon=True),
         ]
 
     def _start(self) -> None:
@@ -192,9 +198,12 @@ class Mount(Resource):
     def _show(self, made: MountSnapshot) -> None:
         handles = [made[name]._handle if name in made else ffi.NULL for name in self._disks]
         with self._lock:
-            # Under the lock, so that whoever sees the directory finds it here; the C call does not wait for anything.
+            # Under the lock, so that whoever sees the directory finds it here; the C calls do not wait for anything.
             call(lib.fl_mount_show, self._handle, os.fsencode(made.name), handles)
             self._cuts[made.name] = made
+            for snapshot in made.values():
+                snapshot._tell_break(self._bell[1])
+        self._ring()
 
     def commit(self, name: str) -> None:
         """`Snapshot.commit` for each incremental of this cut: the backup that was made of it is good."""
@@ -210,6 +219,7 @@ class Mount(Resource):
             if self._cuts.get(name) is made:
                 call(lib.fl_mount_hide, self._handle, os.fsencode(name))
                 del self._cuts[name]
+        self._ring()
         made.close()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -232,10 +242,17 @@ class Mount(Resource):
             for disk in self._disks.values():
                 if not disk.closed:
                     stack.callback(disk.flush)
+            stack.callback(self._close_bell)
             stack.callback(self._join)
+            stack.callback(self._bell[1].shutdown, socket.SHUT_RDWR)
             stack.callback(self._end_cuts)
             stack.callback(self._watch.close)
             stack.callback(call, lib.fl_mount_close, self._handle)
+
+    def _close_bell(self) -> None:
+        with self._lock:                        # no snapshot is about to get it
+            for end in self._bell:
+                end.close()
 
     def _end_cuts(self) -> None:
         with self._lock:
@@ -266,7 +283,7 @@ class Mount(Resource):
         if unknown:
             raise invalid(f"{what}: there is no disk {unknown[0]!r}; there are {', '.join(self._disks)}")
 
-    # ---- the two threads ----
+    # ---- the threads ----
 
     def _serve_requests(self, handle: Any) -> None:
         """Do what mkdir and rmdir ask for."""
@@ -299,6 +316,25 @@ class Mount(Resource):
             error = from_code(failure.error.code, failure.error)
             self._tell(os.fsdecode(ffi.string(failure.path)), error, int(failure.left_out))
 
+    def _ring(self) -> None:
+        try:
+            self._bell[1].send(b"!")
+        except OSError:
+            pass                                # full: it was rung before; or the mount is closed
+
+    def _tell_changes(self) -> None:
+        """Call `on_change`, once for all that changed since it was called."""
+        try:
+            while self._bell[0].recv(4096):
+                if self._on_change is None:
+                    continue
+                try:
+                    self._on_change()
+                except Exception:
+                    _log.exception("on_change raised")
+        except OSError:
+            pass                                # on_change closed the mount
+
     def _tell(self, path: str, error: Error, left_out: int = 0) -> None:
         if self._on_error is None:
             more = f" ({left_out} more before it)" if left_out else ""
@@ -325,14 +361,16 @@ def mount(
     threads: int | None = None,
     allow_other: bool = False,
     on_error: OnError | None = None,
+    on_change: Callable[[], Any] | None = None,
 ) -> Mount:
     """Mount disks as files below `mountpoint`, an existing and empty directory. Needs libfuse3.
 
     `disks`: by the name of their file ("vm.raw"). They stay the caller's: the mount does not close them; a disk that
     is closed closes the mount first.
     `snapshot_options`: for cuts, those of `snapshot_group`: cluster_size, on_cbw_error, cbw_timeout, fleecing_limit,
-    stage_size, fleecing_dir, fleecing (also a dict by the disk's name).
-    `bitmaps`: for cuts: by the disk's name, the dirty bitmap that makes an incremental.
+    stage_size, fleecing_dir, fleecing (also a dict by the disk's name), whole (True here).
+    `bitmaps`: for cuts: by the disk's name, the dirty bitmap that makes an incremental. With `whole` as False only what
+    is in it is saved, and can be read.
     `freeze`, `thaw`, `freeze_timeout`: around every cut, as in `snapshot_group`.
     `threads`: how many requests are worked on at the same time, at most. None: 64. There are fewer threads while they
     are not blocked in storage.
@@ -340,6 +378,8 @@ def mount(
     must allow that.
     `on_error`: called in a thread of its own for what failed; repetitions are left out. None: they are logged as
     warnings by `logging.getLogger("pyfleece.mount")`.
+    `on_change`: called in a thread of its own soon after `snapshots` changed or one of them broke, however that came
+    about; once for several changes, maybe. Nothing in the mount waits for it.
 
     The mount is closed when the interpreter exits; when the process is killed, a small process that watches it
     unmounts, and else the next mount at the same place cleans up.
@@ -360,11 +400,12 @@ def mount(
     check_mountpoint(path)
     made = Mount(path, disks, threads, allow_other)
     try:
-        made._defaults = {**(snapshot_options or {}), "freeze_timeout": freeze_timeout}
+        made._defaults = {"whole": True, **(snapshot_options or {}), "freeze_timeout": freeze_timeout}
         made._defaults.update({"freeze": freeze, "thaw": thaw})
         made._bitmaps = dict(bitmaps or {})
         made._check_disks(made._bitmaps, "bitmaps")
         made._on_error = on_error
+        made._on_change = on_change
         made._start()
     except BaseException as error:
         _binding.close_after(made.close, error)

@@ -32,7 +32,6 @@ from pyfleece.qmp_jobs import Jobs
 from pyfleece.runtime import PrivateDirectory
 from pyfleece.snapshot import Snapshot
 
-_LOOK_EVERY = 0.2           # seconds between two looks at the mount's snapshots
 _JOBS_WAIT = 5.0            # seconds that backups get to end when they are cancelled
 
 FILE_SUFFIX = ".raw"        # of a disk's file in the mount
@@ -115,8 +114,8 @@ class Server:
             elif self._mountpoint is not None:
                 self._start_mount(undo, self._mountpoint)
             if self._mount is not None:
-                for body, name in ((self._watch_snapshots, "pyfleece-watch"), (self._watch_mount, "pyfleece-mount")):
-                    threading.Thread(target=body, name=name, daemon=True).start()
+                self._look_at_snapshots()       # on_change was called too early for the first ones, maybe
+                threading.Thread(target=self._watch_mount, name="pyfleece-mount", daemon=True).start()
             if self._control is not None:
                 undo.callback(self._jobs.close, _JOBS_WAIT)
                 self._control.start()
@@ -188,6 +187,7 @@ class Server:
             bitmaps=bitmaps,
             allow_other=self._allow_other,
             on_error=self._tell_mount_error,
+            on_change=self._on_change,
             **self._hooks,
         )
         undo.callback(self._mount.close)
@@ -199,7 +199,6 @@ class Server:
             address, first, directory, options=self._nbd_options, log=self._log, on_death=self._tell_nbd_death
         )
         undo.callback(self._nbd.close)
-        self._look_at_snapshots()
 
     def _the_mount(self) -> Mount:
         assert self._mount is not None          # commands are run when it is there
@@ -242,18 +241,16 @@ class Server:
             self._jobs.wait(self._stopped)
             self.request_stop("unmounted")
 
-    def _watch_snapshots(self) -> None:
-        while not self._stopped.wait(_LOOK_EVERY):
-            try:
-                self._look_at_snapshots()
-            except Exception as error:          # it may be different next time
-                self._log(f"looking at snapshots failed: {type(error).__name__}: {describe(error)}")
+    def _on_change(self) -> None:
+        try:
+            self._look_at_snapshots()
+        except Exception as error:              # it may be different next time
+            self._log(f"looking at snapshots failed: {type(error).__name__}: {describe(error)}")
 
     def _look_at_snapshots(self) -> None:
         """Tell of cuts that came and went, and of snapshots that broke; export them."""
-        assert self._mount is not None
         with self._look:
-            if self._mount.closed or self._stopped.is_set():
+            if self._mount is None or self._mount.closed or self._stopped.is_set():
                 return
             cuts = self._mount.snapshots
             if self._nbd is not None:

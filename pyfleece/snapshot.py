@@ -15,6 +15,8 @@ from pyfleece.chunks import Chunks
 from pyfleece.errors import ClosedError, SnapshotBrokenError, invalid
 
 if TYPE_CHECKING:
+    import socket
+
     from typing_extensions import Buffer
 
     from pyfleece.disk import Disk
@@ -143,9 +145,13 @@ class Snapshot(Resource):
         """
         return _binding.transfer(lib.fl_snapshot_pread, self._handle, buffer, offset, self._size, into=True)
 
-    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
-        """What the snapshot holds, in order, from `offset` on; `length` None: to the end."""
-        return _binding.extents(lib.fl_snapshot_extents, self._handle, offset, length, self._size)
+    def extents(self, offset: int = 0, length: int | None = None, *, readable: bool = False) -> Iterator[Extent]:
+        """What the snapshot holds, in order, from `offset` on; `length` None: to the end. What is not in the bitmap of
+        an incremental is "outside"; with `readable` that is told only where it can't be read (see `whole` of
+        `Disk.snapshot`).
+        """
+        function = lib.fl_snapshot_extents_readable if readable else lib.fl_snapshot_extents
+        return _binding.extents(function, self._handle, offset, length, self._size)
 
     def discard(self, count: int, offset: int) -> None:
         """Say that the whole clusters in this range are not needed any more: writes do not save them from now on,
@@ -197,11 +203,15 @@ class Snapshot(Resource):
         """The ranges that were lost so far (policy "lose-range"), in order."""
         if not self.stats.clusters_lost:
             return []
-        return [extent for extent in self.extents() if extent.kind == "lost"]
+        return [extent for extent in self.extents(readable=True) if extent.kind == "lost"]
 
     def check(self) -> None:
         """Raise `SnapshotBrokenError`, with the first cause, when the snapshot is broken."""
         call(lib.fl_snapshot_check, self._handle)
+
+    def _tell_break(self, bell: socket.socket) -> None:
+        """Have a byte sent there when it breaks, by C, which never waits for it."""
+        call(lib.fl_snapshot_tell_break, self._handle, bell.fileno())
 
     def commit(self) -> None:
         """Say that the incremental backup made of this snapshot is good, and on stable storage: the frozen dirty

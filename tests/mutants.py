@@ -396,10 +396,24 @@ MUTANTS = [
     _mutant(
         "i6_incremental_saves_what_is_outside",
         "snapshot.c",
-        "    return snapshot->incremental ? done | ~inside_word(snapshot, word) : done;\n",
+        "    return snapshot->bounded ? done | ~inside_word(snapshot, word) : done;\n",
         "    return done;\n",
         "i6_cut_freezes_and_close_gives_back",
         "i6_incremental_is_right",
+    ),
+    _mutant(
+        "i6_whole_incremental_saves_its_bitmap_only",
+        "snapshot.c",
+        "        snapshot->bounded = !options->whole;\n",
+        "        snapshot->bounded = true;\n",
+        "i6_whole_incremental_is_right",
+    ),
+    _mutant(
+        "i6_whole_incremental_discards_what_was_not_copied",
+        "snapshot.c",
+        "    if (snapshot->bounded || !snapshot->incremental)\n",
+        "    if (true)\n",
+        "i6_whole_incremental_is_right",
     ),
     _mutant(
         "i6_incremental_reads_what_is_outside",

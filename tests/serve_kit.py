@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_for
+import pytest
+from conftest import MIB, wait_for
 
 import pyfleece
+from pyfleece.serve import Server
 
 COMMAND = Path(sys.executable).with_name("pyfleece")
 BLOCK = 4096
+SIZE = 16 * MIB              # of the fixture's disk
 
 
 class Client:
@@ -141,6 +144,19 @@ def served_disk(path: Path, size: int, seed: int = 1) -> Iterator[pyfleece.Disk]
         for offset in range(0, size, 2 << 20):
             disk.pwrite(rng.randbytes(min(1 << 20, size - offset)), offset)
         yield disk
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[pyfleece.Disk]:
+    with served_disk(tmp_path / "vm.raw", SIZE) as disk:
+        yield disk
+
+
+@pytest.fixture
+def server(disk: pyfleece.Disk, tmp_path: Path) -> Iterator[Server]:
+    """Serves it by a control socket."""
+    with Server({"vm": disk}, control=tmp_path / "control", log=lambda _: None) as server:
+        yield server
 
 
 @contextmanager

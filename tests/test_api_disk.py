@@ -411,6 +411,31 @@ def test_incremental(disk):
         disk.snapshot(bitmap="weekly")
 
 
+def test_a_whole_incremental_can_be_read_everywhere(disk):
+    disk.bitmaps.add("daily")
+    inside = slice(196_608, 262_144)
+    disk.pwrite(b"changed!" * 8192, inside.start)
+    state = all_of(disk)
+    with disk.snapshot(bitmap="daily", whole=True) as snapshot:
+        for offset in range(0, disk.size - 4096, 16384):
+            disk.pwrite(b"later" * 100, offset)
+        assert snapshot.pread(disk.size, 0) == state == snapshot.open().readall()
+        kinds = [(extent.offset, extent.length) for extent in snapshot.extents() if extent.kind != "outside"]
+        assert kinds == [(inside.start, inside.stop - inside.start)]
+        assert {extent.kind for extent in snapshot.extents(readable=True)} <= {"data", "zero"}
+        with snapshot.chunks(granularity=1 << 20) as chunks:            # hands out the incremental, and discards that
+            for chunk in chunks:
+                assert (chunk.offset, chunk.length) == kinds[0] and bytes(chunk.buffer) == state[inside]
+                chunk.ack()
+        with pytest.raises(pyfleece.DiscardedError):
+            snapshot.pread(1, inside.start)
+        assert snapshot.pread(inside.start, 0) == state[: inside.start]
+        assert snapshot.pread(disk.size - inside.stop, inside.stop) == state[inside.stop :]
+        snapshot.commit()
+    with disk.snapshot(whole=True) as snapshot:                         # a full one is whole in any case
+        assert snapshot.pread(disk.size, 0) == all_of(disk)
+
+
 # ---- groups ----
 
 

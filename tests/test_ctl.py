@@ -9,28 +9,13 @@ import socket
 import subprocess
 import threading
 
-import pytest
-from conftest import MIB, wait_for
-from serve_kit import COMMAND, Client, served_disk
+from conftest import wait_for
+from serve_kit import COMMAND, SIZE, Client, disk, server
 
-from pyfleece.serve import Server
+__all__ = ["disk", "server"]        # fixtures
 
-SIZE = 16 * MIB
 # Slow enough that a backup still runs when a test looks at it.
 SLOW = 256 << 10
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with served_disk(tmp_path / "vm.raw", SIZE) as disk:
-        yield disk
-
-
-@pytest.fixture
-def server(disk, tmp_path):
-    with Server({"vm": disk}, control=tmp_path / "control", log=lambda _: None) as server:
-        yield server
-
 
 
 def ctl(*arguments: str | os.PathLike[str], status: int = 0) -> tuple[str, str]:

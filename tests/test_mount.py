@@ -7,12 +7,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import random
 import re
 import shutil
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,29 @@ def test_private_mappings_work(served: Served) -> None:
         mapped.close()
 
 
+def test_large_and_small_requests_side_by_side(served: Served) -> None:
+    """Large ones call helpers, which rest when they meet a small one."""
+    size = len(served.data)
+    models = [bytearray(served.data[start : start + size // 4]) for start in range(0, size // 4 * 4, size // 4)]
+
+    def use(part: int) -> None:
+        """A quarter of the disk each."""
+        rng, start, model = random.Random(part), part * (size // 4), models[part]
+        with opened(served.file) as fd:
+            for turn in range(150):
+                count = len(model) if turn % 3 else rng.randrange(1, 5000)
+                offset = rng.randrange(len(model) - count + 1)
+                if rng.random() < 0.5:
+                    data = rng.randbytes(count)
+                    assert os.pwrite(fd, data, start + offset) == count
+                    model[offset : offset + count] = data
+                assert os.pread(fd, count, start + offset) == model[offset : offset + count]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert served.file.read_bytes()[: size // 4 * 4] == b"".join(models)
+
+
 # ---- snapshots ----
 
 
@@ -312,6 +337,7 @@ def test_an_incremental_has_two_files(tmp_path: Path) -> None:
         expected = bytearray(size)
         for start, end in inside:
             expected[start:end] = served.disk.pread(end - start, start)
+        whole = served.disk.pread(size, 0)
         served.cut()
         assert bitmap.count == 0
         assert sorted(os.listdir(served.snap().parent)) == ["vm.changed", "vm.raw"]
@@ -323,17 +349,37 @@ def test_an_incremental_has_two_files(tmp_path: Path) -> None:
             for start, end in holes(fd, size):
                 assert not any(expected[start:end])
             assert os.lseek(fd, 0, os.SEEK_DATA) == 65536
-            punch(fd, 65536, 65536)
+            assert served.snap().read_bytes() == whole, "all of it, whatever was written since"
+            punch(fd, 0, 5 * 65536)
             with fails(errno.ENODATA):
                 os.pread(fd, 1, 65536)
+            assert os.pread(fd, 65536, 0) == bytes(65536)
+        with opened(served.snap()) as fd:
+            for start, end in holes(fd, size):
+                assert not any(whole[start:end])
+            with fails(errno.ENODATA):
+                os.pread(fd, 4096, 65536)
+            assert os.pread(fd, 65536, 0) == whole[:65536], "a hole of vm.changed is nothing that anybody has"
+            punch(fd, 0, 65536)
+            with fails(errno.ENODATA):
+                os.pread(fd, 4096, 0)
+        full = served.mount.cut("full", bitmaps={})
+        assert os.listdir(served.path / ".snap" / "full") == ["vm.raw"] == list(full)
+
+
+def test_an_incremental_of_nothing_but_its_bitmap(tmp_path: Path) -> None:
+    with serve(tmp_path, bitmaps={"vm.raw": "b"}, snapshot_options={"whole": False}) as served:
+        size = len(served.data)
+        served.disk.pwrite(b"new", 65536)
+        expected = served.disk.pread(65536, 65536)
+        served.cut()
         with opened(served.snap()) as fd:
             with fails(errno.ENODATA):
                 os.pread(fd, 4096, 0)
             assert os.lseek(fd, 0, os.SEEK_DATA) == 0, "what is not known is no hole"
             assert "dirty bitmap" in attribute(served.snap(), "error")
-            assert os.pread(fd, size % 65536, size - size % 65536) == expected[size - size % 65536 :]
-        full = served.mount.cut("full", bitmaps={})
-        assert os.listdir(served.path / ".snap" / "full") == ["vm.raw"] == list(full)
+            assert os.pread(fd, 65536, 65536) == expected
+        assert served.snap("now", "vm.changed").read_bytes() == bytes(65536) + expected + bytes(size - 131072)
 
 
 def test_an_incremental_counts_only_when_it_is_committed(tmp_path: Path) -> None:
@@ -360,6 +406,85 @@ def test_the_changed_file_has_a_name_of_its_own(tmp_path: Path) -> None:
         served.cut()
         changed = {"vm.raw.changed", "vm.qcow2.changed", "data.changed", ".hidden.changed", "a.b.changed"}
         assert set(os.listdir(served.snap().parent)) == {*names, *changed}
+
+
+# ---- changes ----
+
+
+class Changes:
+    """What `on_change` of a mount saw."""
+
+    def __init__(self) -> None:
+        self.seen: queue.Queue[dict[str, bool]] = queue.Queue()
+        self.mount: pyfleece.Mount | None = None
+
+    def __call__(self) -> None:
+        assert self.mount is not None
+        snapshots = self.mount.snapshots
+        self.seen.put({name: made["vm.raw"].broken is not None for name, made in snapshots.items()})
+
+    def until(self, wanted: dict[str, bool]) -> None:
+        """Only what is told counts: nobody looks meanwhile."""
+        while self.seen.get(timeout=20) != wanted:
+            pass
+
+
+def test_changes_are_told(tmp_path: Path) -> None:
+    changes = Changes()
+    options = {"fleecing": "memory", "stage_size": 65536, "cbw_timeout": 0.0}
+    with serve(tmp_path, on_change=changes, snapshot_options=options) as served:
+        changes.mount = served.mount
+        served.cut("now")
+        changes.until({"now": False})
+        served.mount.cut("more")
+        changes.until({"now": False, "more": False})
+        os.rmdir(served.path / ".snap" / "more")
+        changes.until({"now": False})
+        served.disk.pwrite(b"\xff" * MIB, 0)
+        changes.until({"now": True})
+        served.mount.drop("now")
+        changes.until({})
+
+
+def test_nothing_waits_for_who_is_told(tmp_path: Path) -> None:
+    """`on_change` hangs, and then raises: reads, writes and cuts go on, and the next one is told."""
+    called, go_on, again = threading.Event(), threading.Event(), threading.Event()
+
+    def on_change() -> None:
+        if called.is_set():
+            again.set()
+        else:
+            called.set()
+            go_on.wait(60)
+            raise ValueError("told badly")
+
+    with serve(tmp_path, on_change=on_change) as served:
+        served.cut("one")
+        assert called.wait(20)
+        for number in range(100):
+            served.cut(str(number))
+            assert served.snap(str(number)).read_bytes() == served.data
+            os.rmdir(served.path / ".snap" / str(number))
+        with opened(served.file) as fd:
+            os.pwrite(fd, b"new", 0)
+        assert served.snap("one").read_bytes() == served.data
+        assert not again.is_set()
+        go_on.set()
+        assert again.wait(20)
+
+
+def test_who_is_told_may_close_the_mount(tmp_path: Path) -> None:
+    closed = threading.Event()
+    made: list[pyfleece.Mount] = []
+
+    def on_change() -> None:
+        made[0].close()
+        closed.set()
+
+    with serve(tmp_path, on_change=on_change) as served:
+        made.append(served.mount)
+        served.mount.cut("now")
+        assert closed.wait(20) and served.mount.closed
 
 
 # ---- names ----

@@ -47,8 +47,10 @@ class Served:
         return f"nbd+unix:///{export}?socket={self.socket}"
 
     def cut(self, name: str) -> None:
-        (self.mountpoint / ".snap" / name).mkdir()
-        wait_for(lambda: f"vm.raw@{name}" in self.exports())
+        """Returns when it is exported, which is told after it is."""
+        with Client(self.control) as client:
+            (self.mountpoint / ".snap" / name).mkdir()
+            client.event("SNAPSHOT_CREATED", snapshot=name)
 
     def exports(self) -> set[str]:
         found = json.loads(run("nbdinfo", "--json", "--list", self.uri()))
@@ -80,8 +82,10 @@ def test_exports_are_the_disks_and_their_snapshots(image, tmp_path):
         assert export["can_multi_conn"] and export["can_trim"] and export["can_flush"] and export["can_zero"]
         server.cut("now")
         assert server.exports() == {"vm.raw", "vm.raw@now"}
-        (server.mountpoint / ".snap" / "now").rmdir()
-        wait_for(lambda: server.exports() == {"vm.raw"})
+        with Client(server.control) as client:
+            (server.mountpoint / ".snap" / "now").rmdir()
+            client.event("SNAPSHOT_DELETED", snapshot="now")
+            assert server.exports() == {"vm.raw"}
         server.process.terminate()
         assert server.process.wait(30) == 0
     assert sorted(os.listdir(tmp_path)) == ["mount", "vm.raw"]

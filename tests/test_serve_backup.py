@@ -11,28 +11,17 @@ from pathlib import Path
 import pytest
 from conftest import MIB, missing, require, run, wait_for
 from fuse_kit import fuse_mount, why_not
-from serve_kit import BLOCK, Client, Guest, served_disk
+from serve_kit import BLOCK, SIZE, Client, Guest, disk, served_disk, server
 
 import pyfleece
 from pyfleece.chain import Repository
 from pyfleece.qmp_disks import uses_fleecing
 from pyfleece.serve import Server
 
-SIZE = 16 * MIB
+__all__ = ["disk", "server"]        # fixtures
+
 # Slow enough that a backup still runs when a test looks at it; a test that waits for its end lifts it.
 SLOW = 256 << 10
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with served_disk(tmp_path / "vm.raw", SIZE) as disk:
-        yield disk
-
-
-@pytest.fixture
-def server(disk, tmp_path):
-    with Server({"vm": disk}, control=tmp_path / "control", log=lambda _: None) as server:
-        yield server
 
 
 @pytest.fixture

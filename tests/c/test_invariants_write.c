@@ -471,6 +471,85 @@ TEST(i6_incremental_is_right)
     rig_free(&r);
 }
 
+/* A whole one saves everything, and tells all the same what is in its bitmap. What was copied of that is discarded, and no more. */
+TEST(i6_whole_incremental_is_right)
+{
+    for (int commits = 0; commits < 2; commits++) {
+        struct rig r = rig_new(3 * GRAIN + 513, 0);
+        MUST(fl_disk_bitmap_add(r.disk, "b", GRAIN, &why));
+        write_bytes(&r, old_byte(GRAIN), 1, GRAIN);
+        r.options.bitmap = "b";
+        r.options.whole = 1;
+        fl_snapshot *s = cut(&r);
+        check_old(s, 3 * GRAIN + 513, 0);                    /* from the source */
+        write_bytes(&r, NEW, 3 * GRAIN + 513, 0);
+        CHECK(stats_of(s).clusters_saved == 49, "%" PRIu64, stats_of(s).clusters_saved);
+        check_old(s, 3 * GRAIN + 513, 0);
+        fl_extent e[8];
+        size_t found;
+        MUST(fl_snapshot_extents(s, 0, 3 * GRAIN + 513, e, 8, &found, &why));
+        CHECK(found == 3 && e[0].kind == FL_OUTSIDE && e[1].kind == FL_DATA && e[1].offset == GRAIN && e[1].length == GRAIN
+              && e[2].kind == FL_OUTSIDE && e[2].length == GRAIN + 513);
+        MUST(fl_snapshot_extents_readable(s, 0, 3 * GRAIN + 513, e, 8, &found, &why));
+        CHECK(found == 1 && e[0].kind == FL_DATA && e[0].length == 3 * GRAIN + 513);
+
+        fl_image *target;
+        fl_backup *job;
+        fl_backup_options options = { .granularity = 2 * GRAIN, .workers = 1, .discard = 1 };   /* one granule has both */
+        fl_progress progress;
+        MUST(fl_image_create_nameless(directory, 3 * GRAIN + 513, &target, &why));
+        MUST(fl_backup_start(s, target, &options, &job, &why));
+        MUST(fl_backup_wait(job, 60 * SECOND, &why));
+        MUST(fl_backup_progress(job, &progress, &why));
+        CHECK(progress.total == GRAIN && progress.done == GRAIN && progress.data_bytes == GRAIN);
+        fl_backup_free(job);
+        fl_image_free(target);
+        CHECK(stats_of(s).clusters_discarded == 16, "%" PRIu64, stats_of(s).clusters_discarded);
+        check_raises(s, FL_EDISCARDED, CLUSTER, GRAIN);
+        check_old(s, GRAIN, 0);
+        check_old(s, GRAIN + 513, 2 * GRAIN);
+        MUST(fl_snapshot_discard(s, CLUSTER, 0, &why));         /* by whoever read it without looking at the bitmap */
+        check_raises(s, FL_EDISCARDED, CLUSTER, 0);
+        MUST(fl_snapshot_extents(s, 0, GRAIN, e, 8, &found, &why));
+        CHECK(found == 1 && e[0].kind == FL_OUTSIDE);
+        MUST(fl_snapshot_extents_readable(s, 0, 2 * GRAIN, e, 8, &found, &why));
+        CHECK(found == 3 && e[0].kind == FL_DISCARDED && e[0].length == CLUSTER && e[1].kind == FL_DATA && e[2].kind == FL_DISCARDED
+              && e[2].offset == GRAIN);
+        MUST(commits ? fl_snapshot_commit(s, &why) : fl_snapshot_abort(s, &why));
+        end(s);
+        CHECK(dirty_bytes(&r) == 3 * GRAIN + 513);           /* all of it was written since the cut */
+        rig_free(&r);
+    }
+}
+
+/* What becomes of its bitmap is about the bitmap: neither what was saved nor what was lost outside of it gets in. */
+TEST(i6_whole_incremental_gives_back_its_bitmap)
+{
+    for (int commits = 0; commits < 2; commits++) {
+        struct rig r = rig_new(64 * CLUSTER, 0);
+        MUST(fl_disk_bitmap_add(r.disk, "b", GRAIN, &why));
+        write_bytes(&r, old_byte(GRAIN), 1, GRAIN);
+        r.options.bitmap = "b";
+        r.options.whole = 1;
+        r.options.on_cbw_error = FL_LOSE_RANGE;
+        fl_snapshot *s = cut(&r);
+        fail_next(r.source, FL_OP_READ, EIO, CLUSTER, 3 * GRAIN);
+        write_bytes(&r, NEW, CLUSTER, 3 * GRAIN);
+        CHECK(stats_of(s).clusters_lost == 1);
+        check_raises(s, FL_ELOST, 3 * GRAIN, CLUSTER);
+        check_old(s, GRAIN, GRAIN);
+        check_old(s, GRAIN, 0);
+        MUST(commits ? fl_snapshot_commit(s, &why) : fl_snapshot_abort(s, &why));
+        end(s);
+        fl_extent e[4];
+        size_t found;
+        MUST(fl_disk_bitmap_extents(r.disk, "b", 0, 64 * CLUSTER, e, 4, &found, &why));
+        CHECK(e[0].kind == FL_OUTSIDE && e[0].length == (commits ? 3 : 1) * GRAIN);
+        CHECK(dirty_bytes(&r) == (commits ? 1 : 2) * GRAIN, "%" PRIu64, dirty_bytes(&r));
+        rig_free(&r);
+    }
+}
+
 /* A cut that fails, alone or for another disk of its group, clears nothing and leaves no snapshot behind. */
 TEST(i6_failed_cut_clears_nothing)
 {
