@@ -530,8 +530,9 @@ void snapshot_let_go(fl_snapshot *snapshot)
 static void destroy(fl_snapshot *snapshot)
 {
     snapshot_let_go(snapshot);
-    if (atomic_load(&snapshot->bell))
-        close(atomic_load(&snapshot->bell) - 1);
+    int bell = atomic_load_explicit(&snapshot->bell, memory_order_relaxed);     /* nobody else is left */
+    if (bell)
+        close(bell - 1);
     bitmap_destroy(&snapshot->claimed);
     bitmap_destroy(&snapshot->saved);
     bitmap_destroy(&snapshot->zero);

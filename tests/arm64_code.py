@@ -213,7 +213,7 @@ RULES = [
     Rule("claims", "snapshot.c", "snapshot_claims_changed", lambda i: False, acquire_load, at_entry=OPEN),
     Rule("kept", "snapshot.c", "snapshot_source_kept", lambda i: False, any_call, at_entry=OPEN),
     Rule("read", "snapshot.c", "fl_snapshot_pread", calls("image_read", "store_read"), LOOKS),
-    Rule("extents", "snapshot.c", "fl_snapshot_extents", calls("image_extents"), LOOKS),
+    Rule("extents", "snapshot.c", "find_extents", calls("image_extents"), LOOKS),
     Rule("release", "snapshot.c", "fl_snapshot_discard", calls("bitmap_set"), calls("bitmap_next_set")),
     Rule("enter", "gate.c", "gate_enter", atomic_add(8), weak_load, strong_load),
     Rule("leave", "gate.c", "gate_leave", atomic_add(8), weak_load, strong_load),
