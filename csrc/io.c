@@ -121,7 +121,11 @@ int io_fail_write(struct io *io, int code, uint64_t offset, size_t length, fl_er
 
 int io_fail_truncated(struct io *io, uint64_t end, uint64_t offset, uint64_t length, fl_error *error)
 {
+    struct stat st;
     uint64_t known = atomic_load(&io->ends_at);
+    /* A read that began behind the end knows only that; and once somebody has made the file longer, nobody can tell any more where it ended. */
+    if (!io->device && fstat(io->fd, &st) == 0)
+        end = MIN(end, (uint64_t)st.st_size);
     while (end < known && !atomic_compare_exchange_weak(&io->ends_at, &known, end))
         ;
     return fail(error, FL_ETRUNCATED, FL_SIDE_NONE, offset, length, "image '%s' ended at %llu, %llu expected: was it truncated?",

@@ -328,6 +328,23 @@ def test_backing_up_a_truncated_source(guest: Guest, tmp_path: Path, kind: str) 
         assert not list(tmp_path.glob("backup*"))
 
 
+def test_a_small_write_behind_a_truncated_end_does_not_move_it(tmp_path: Path) -> None:
+    """The write makes the file longer again, and what is between then reads as zeros: a snapshot must not."""
+    path = tmp_path / "vm.raw"
+    path.write_bytes(b"\x07" * (4 * MIB))
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(pyfleece.open(path, "r+"))
+        disk = stack.enter_context(pyfleece.Disk(source, bitmap_file=False))
+        snapshot = stack.enter_context(disk.snapshot("memory", on_cbw_error="lose-range"))
+        os.truncate(path, MIB)
+        disk.pwrite(b"x" * 4096, 3 * MIB)
+        assert path.stat().st_size == 3 * MIB + 4096
+        assert snapshot.pread(4096, MIB - 4096) == b"\x07" * 4096
+        for offset in (MIB, 2 * MIB, 3 * MIB - 4096):
+            with pytest.raises(pyfleece.TruncatedError):
+                snapshot.pread(4096, offset)
+
+
 @pytest.mark.usefixtures("holes")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_writing_to_a_truncated_source(guest: Guest, policy: str) -> None:
