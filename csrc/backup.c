@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #define DEFAULT_GRANULARITY (UINT64_C(256) << 10)     /* measured: docs/defaults.md */
+#define DIRECT_GRANULARITY (UINT64_C(1) << 20)         /* without the page cache each transfer costs its own way through the kernel: half the processor time */
 #define MAX_GRANULARITY (UINT64_C(1) << 30)
 #define DEFAULT_MOST_WORKERS 16
 #define MAX_BUFFERS 4096
@@ -263,6 +264,8 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
     job->cluster_size = fl_snapshot_cluster_size(job->snapshot);
     job->total = snapshot_total(job->snapshot);
     job->granularity = options->granularity ? options->granularity : MAX(DEFAULT_GRANULARITY, job->cluster_size);
+    if (!options->granularity && job->copies && (job->snapshot->source->direct || job->target->direct))
+        job->granularity = MAX(job->granularity, DIRECT_GRANULARITY);
     if (!options->granularity && job->copies && job->target->ops->write_compressed)
         job->granularity = MAX(job->granularity, job->target->cluster_size);    /* qcow2: whole clusters need no copy-on-write; powers of two */
     job->discard = options->discard;
