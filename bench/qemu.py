@@ -37,7 +37,8 @@ def bench(options: str, count: int, depth: int, size: int, step: int) -> float:
     bytes from one's beginning to the next one's.
     """
     command = ["qemu-img", "bench", "-w", "-t", "writeback", "-c", str(count), "-d", str(depth), "-s", str(size)]
-    command += ["-S", str(step), "--image-opts", options]
+    # By default it writes zeros, and whoever writes to the same file after it has no data to save.
+    command += ["--pattern=165", "-S", str(step), "--image-opts", options]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     match = re.search(r"Run completed in ([\d.]+) seconds", output)
     assert match, output

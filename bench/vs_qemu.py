@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -142,27 +143,38 @@ def c_program(b: Bench) -> None:
             )
 
 
+def qemu_load(b: Bench, source: str, count: int, depth: int, block: int, step: int) -> float:
+    fleecing = b.fresh("fleecing.raw", os.path.getsize(source), "none")
+    return qemu.bench(qemu.first_touch(source, fleecing), count, depth, block, step)
+
+
+def snapshot_load(b: Bench, source: str, cluster: int | None, **options: object) -> float:
+    with b.disk(source) as disk, disk.snapshot(b.directory, cluster_size=cluster):
+        return load(disk, **options)
+
+
 def first_touch(b: Bench) -> None:
     """Against QEMU in one process: one 4 KiB write in each 64 KiB cluster; and 1 MiB writes one after the other."""
     size = 512 * MIB
-    source, scratch = b.fresh("source.raw", size), b.path("fleecing.raw")
+    source = b.fresh("source.raw", size)
     for what, depth, block, step, goals in (
         ("4 KiB, QD1", 1, 4096, 65536, (12, 4)),
         ("4 KiB, QD16", 16, 4096, 65536, (5, 2.5)),
         ("sequential 1 MiB", 1, MIB, MIB, (3, 3)),
     ):
         count = size // step
-        columns: dict[str, list[float]] = {"qemu": [], "fine": [], "same": []}
+        options = {"block": block, "stride": step, "threads": depth, "order": "sequential", "operations": count}
+
+        sides = {
+            "qemu": functools.partial(qemu_load, b, source, count, depth, block, step),
+            "fine": functools.partial(snapshot_load, b, source, None, **options),
+            "same": functools.partial(snapshot_load, b, source, 65536, **options),
+        }
+        columns: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(b.rounds):
-            b.fresh("fleecing.raw", size, "none")
-            warm_memory(GIB)
-            columns["qemu"].append(qemu.bench(qemu.first_touch(source, scratch), count, depth, block, step))
-            with b.disk(source) as disk:
-                for name, cluster in (("fine", None), ("same", 65536)):
-                    warm_memory(GIB)
-                    with disk.snapshot(b.directory, cluster_size=cluster):
-                        options = {"block": block, "stride": step, "threads": depth, "order": "sequential"}
-                        columns[name].append(load(disk, operations=count, **options))
+            for name, side in sides.items():
+                side()  # so that each begins with the memory and the file as its own kind leaves them
+                columns[name].append(side())
         b.add(
             f"first touch, {what}, our default cluster / QEMU",
             ratios(columns["fine"], columns["qemu"]),
