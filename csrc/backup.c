@@ -264,7 +264,7 @@ static int configure(fl_backup *job, const fl_backup_options *options, uint32_t 
     job->cluster_size = fl_snapshot_cluster_size(job->snapshot);
     job->total = snapshot_total(job->snapshot);
     job->granularity = options->granularity ? options->granularity : MAX(DEFAULT_GRANULARITY, job->cluster_size);
-    if (!options->granularity && job->copies && (job->snapshot->source->direct || job->target->direct))
+    if (!options->granularity && job->copies && (snapshot_is_direct(job->snapshot) || job->target->direct))
         job->granularity = MAX(job->granularity, DIRECT_GRANULARITY);
     if (!options->granularity && job->copies && job->target->ops->write_compressed)
         job->granularity = MAX(job->granularity, job->target->cluster_size);    /* qcow2: whole clusters need no copy-on-write; powers of two */

@@ -476,6 +476,8 @@ bool snapshot_hot(fl_snapshot *snapshot, uint64_t *offset)
     return hot;
 }
 
+bool snapshot_is_direct(fl_snapshot *snapshot) { return snapshot->source->direct; }
+
 uint64_t snapshot_total(fl_snapshot *snapshot)
 {
     if (!snapshot->incremental)

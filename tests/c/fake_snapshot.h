@@ -225,6 +225,12 @@ void snapshot_unref(fl_snapshot *snapshot)
     pthread_mutex_unlock(&fake->lock);
 }
 
+bool snapshot_is_direct(fl_snapshot *snapshot)
+{
+    (void)snapshot;
+    return false;
+}
+
 uint64_t snapshot_total(fl_snapshot *snapshot)
 {
     struct fake *fake = fake_of(snapshot);
