@@ -529,3 +529,14 @@ image.close()
         path,
         make_image(name="other.raw")[0],
     )
+
+
+def test_a_hole_made_where_data_was_found_before_is_seen(tmp_path):
+    with pyfleece.create(tmp_path / "vm.raw", 1 << 20) as image:
+        image.pwrite(b"x" * (1 << 20), 0)
+        assert [extent.kind for extent in image.extents(0, 4096)] == ["data"]  # where its end is was looked up
+        image.discard(65536, 131072)
+        assert [(extent.offset, extent.kind) for extent in image.extents(65536, 131072)] == [
+            (65536, "data"),
+            (131072, "zero"),
+        ]
