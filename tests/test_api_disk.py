@@ -7,9 +7,10 @@ import math
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import MIB, content, missing, run
+from conftest import MIB, content, missing, run, wait_for
 
 import pyfleece
 from pyfleece import fleecing as fleecing_module
@@ -473,6 +474,45 @@ def test_a_group_is_cut_at_one_instant(disks):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_group_keeps_all_writers_out_while_it_waits_for_one(make_image):
+    """The write that it waits for is of the first disk, whose gate is closed first; those of the second must not go on
+    meanwhile: on a busy machine they would take the processors from it.
+    """
+    with (
+        pyfleece.open(make_image(name="a.raw", seed=1)[0], "r+") as inner,
+        FaultyImage(inner) as a,
+        pyfleece.open(make_image(name="b.raw", seed=2)[0], "r+") as b,
+        pyfleece.Disk(a) as first,
+        pyfleece.Disk(b) as second,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        written, stop = [0], threading.Event()
+
+        def write():
+            while not stop.is_set():
+                second.pwrite(b"busy", 0)
+                written[0] += 1
+
+        def is_still():
+            before = written[0]
+            time.sleep(0.2)
+            return written[0] == before > 0
+
+        a.hang("write")
+        try:
+            hanging = pool.submit(first.pwrite, b"slow", 0)
+            wait_for(lambda: a.hanging == 1)
+            pool.submit(write)
+            cut = pool.submit(pyfleece.snapshot_group, [first, second])
+            wait_for(is_still)
+            assert not cut.done() and not hanging.done()
+        finally:
+            stop.set()
+            a.clear()
+        with cut.result(timeout=30) as (snapshot, _):
+            assert snapshot.pread(4, 0) == b"slow"
 
 
 def test_a_group_is_a_sequence_that_closes_all(disks):

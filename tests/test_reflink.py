@@ -129,16 +129,20 @@ def test_data_without_holes_is_shared_to_the_last_byte(place: Path) -> None:
 
 
 @on("xfs")
-def test_an_incremental_shares_what_it_holds(place: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_incremental_shares_what_it_holds(place: Path, whole: bool) -> None:
     source, target = place / "vm.raw", place / "backup.raw"
     make_source(source)
     with pyfleece.open(source, "r+", format="raw") as image, pyfleece.Disk(image, bitmap_file=False) as disk:
         disk.bitmaps.add("daily", 64 * KIB)
         disk.pwrite(b"1" * (2 * MIB), 4 * MIB)
         disk.pwrite(b"2" * (64 * KIB), 20 * MIB)
-        with disk.snapshot("memory", bitmap="daily") as snapshot:
-            result = pyfleece.backup(snapshot, target, reflink=True)
-    assert result.reflinked_bytes == result.total == 2 * MIB + 64 * KIB
+        with disk.snapshot("memory", bitmap="daily", whole=whole) as snapshot:
+            disk.pwrite(b"3" * (64 * KIB), 4 * MIB)  # saved: this much is copied
+            disk.pwrite(b"4" * (64 * KIB), 10 * MIB)
+            result = pyfleece.backup(snapshot, target, reflink=True, granularity=64 * KIB)
+    assert result.total == 2 * MIB + 64 * KIB
+    assert result.reflinked_bytes == 2 * MIB
     expected = bytearray(SIZE)
     expected[4 * MIB : 6 * MIB] = b"1" * (2 * MIB)
     expected[20 * MIB : 20 * MIB + 64 * KIB] = b"2" * (64 * KIB)
