@@ -88,6 +88,7 @@ struct worker {
     char *request;              /* where a request is read to: so that the data of a write is aligned to pages */
     char *payload;              /* LARGEST_IO bytes, aligned to pages: the data of a write, or the answer to a read (the same memory) */
     bool helper;                /* for large requests only, see export_fuse_pool.c */
+    bool soon;                  /* its last request came soon; nobody else's business */
     pthread_t thread;           /* under `lock`, as is what follows */
     bool used;                  /* it has a thread, or will in a moment */
     bool running;               /* `thread` and `id` are valid */
@@ -112,6 +113,7 @@ struct fl_mount {
     _Alignas(CACHE_LINE) atomic_uint reading;   /* workers that wait for a request */
     atomic_uint surplus;        /* workers that are to end after their next request */
     atomic_uint_least64_t served;       /* requests */
+    atomic_bool looked_out;     /* a worker looks for a request without sleeping */
     atomic_bool pool_sleeps;    /* its thread wants to be woken by the next request */
     atomic_uint resting;        /* helpers that wait to be called; changed under `lock` */
 

@@ -75,6 +75,17 @@ def test_backups_beside_qemu(work, tmp_path):
     assert len(found) == 13 and all(row["ratios"][0] >= 0 for row in found)
 
 
+def test_mounts_beside_qemu(work, tmp_path):
+    require("gcc", "pkg-config", "qemu-storage-daemon", "fio", "fusermount3")
+    path = tmp_path / "mount.json"
+    few = ["--size", "16", "--seconds", "0.1", "--rounds", "1"]
+    told = run(work, "bench/mount.py", "--directory", work, *few, "--json", path)
+    assert rows(told)[0][0].startswith("plain, 4 KiB random, QD1") and len(rows(told)) == 12
+    for columns in json.loads(path.read_text()).values():
+        assert list(columns) == ["ours", "bare FUSE", "QEMU FUSE", "QEMU NBD"]
+        assert all(rate > 0 for rates in columns.values() for rate in rates)
+
+
 COMMANDS = """Before.
 
 <!-- begin: python bench/nothing.py -->
