@@ -438,10 +438,19 @@ int fl_backup_progress(fl_backup *job, fl_progress *progress, fl_error *error)
     int rc = gate_pass(&job->gate, JOB_NAME, error);
     if (rc)
         return rc;
+    uint64_t fleecing_bytes = 0;
+    pthread_mutex_lock(&job->lock);
+    fl_snapshot *snapshot = job->snapshot ? snapshot_ref(job->snapshot) : NULL;
+    pthread_mutex_unlock(&job->lock);
+    if (snapshot) {
+        fleecing_bytes = snapshot_fleecing_bytes(snapshot);
+        snapshot_unref(snapshot);
+    }
     pthread_mutex_lock(&job->lock);
     *progress = (fl_progress){
         .total = job->total, .done = job->done, .data_bytes = job->data_bytes, .zero_bytes = job->zero_bytes,
         .lost_bytes = job->lost_bytes, .reflinked_bytes = job->reflinked_bytes, .retries = job->retries, .finished = job->running == 0,
+        .fleecing_bytes = fleecing_bytes,
         .elapsed_ns = (job->over ? job->ended_ns : now_ns()) - job->started_ns,
     };
     pthread_mutex_unlock(&job->lock);

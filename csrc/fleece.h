@@ -371,7 +371,7 @@ typedef struct fl_backup fl_backup;
 
 typedef struct fl_backup_options {
     uint64_t granularity;       /* a multiple of the cluster; 0: the default */
-    uint32_t workers;           /* threads, 1 to 64; 0: the default */
+    uint32_t workers;           /* threads, 1 to 64; 0: one a processor, 2 to 16 */
     uint32_t buffers;           /* chunks mode: buffers of one granularity, at least 2; 0: the default */
     uint64_t speed;             /* bytes per second; 0: unlimited */
     int discard;                /* discard from the snapshot what was copied (chunks mode: what was acknowledged) */
@@ -390,6 +390,7 @@ typedef struct fl_progress {
     uint64_t done;              /* of these, copied, or found to be zeros, or skipped */
     uint64_t data_bytes, zero_bytes, lost_bytes;  /* done, by kind; lost: or discarded by others */
     uint64_t reflinked_bytes;   /* of data_bytes: shared with the source */
+    uint64_t fleecing_bytes;    /* of the fleecing image that the snapshot has in use; 0 once it was closed */
     uint64_t elapsed_ns;
     uint64_t retries;           /* reads repeated */
     int finished;               /* no worker runs any more */

@@ -478,6 +478,16 @@ bool snapshot_hot(fl_snapshot *snapshot, uint64_t *offset)
 
 bool snapshot_is_direct(fl_snapshot *snapshot) { return snapshot->source->direct; }
 
+uint64_t snapshot_fleecing_bytes(fl_snapshot *snapshot)
+{
+    fl_stats stats = { 0 };
+    if (gate_enter(&snapshot->gate))
+        return 0;
+    store_stats(snapshot->store, &stats);
+    gate_leave(&snapshot->gate);
+    return stats.fleecing_bytes;
+}
+
 uint64_t snapshot_total(fl_snapshot *snapshot)
 {
     if (!snapshot->incremental)

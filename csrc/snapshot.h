@@ -97,6 +97,7 @@ int snapshot_clone(fl_snapshot *snapshot, fl_image *target, uint64_t length, uin
 /* Bytes that belong to it: the disk, or what its dirty bitmap holds. */
 uint64_t snapshot_total(fl_snapshot *snapshot);
 bool snapshot_is_direct(fl_snapshot *snapshot);         /* what was not saved is read without the page cache */
+uint64_t snapshot_fleecing_bytes(fl_snapshot *snapshot);       /* in use now; 0: it was closed. Quick, unlike fl_snapshot_stats, which counts bits */
 /* fl_snapshot_discard of a range that was copied by extents: what is outside of the bitmap was not, and stays. */
 int snapshot_discard_copied(fl_snapshot *snapshot, uint64_t count, uint64_t offset, fl_error *error);
 

@@ -21,7 +21,7 @@ from pyfleece import _binding
 from pyfleece._binding import Extent, PieceHook, Resource, call, call_code, positive
 from pyfleece._native import ffi, lib
 from pyfleece.chunks import Chunks, lost_ranges
-from pyfleece.errors import CancelledError, ClosedError, Error, ForkedError, invalid
+from pyfleece.errors import CancelledError, ClosedError, ForkedError, invalid
 from pyfleece.image import BackingRoot, Path
 from pyfleece.progress import Bar, Progress, total_of
 from pyfleece.snapshot import Snapshot
@@ -340,10 +340,6 @@ class Backup(Resource):
     def _read_progress(self) -> Progress:
         raw = ffi.new("fl_progress *")
         call(lib.fl_backup_progress, self._job, raw)
-        try:
-            fleecing = self._snapshot.stats.fleecing_bytes
-        except Error:
-            fleecing = 0                # the snapshot is closed already
         return Progress(
             total=raw.total,
             done=raw.done,
@@ -352,7 +348,7 @@ class Backup(Resource):
             lost_bytes=raw.lost_bytes,
             elapsed=raw.elapsed_ns / 1e9,
             retries=raw.retries,
-            fleecing_bytes=fleecing,
+            fleecing_bytes=raw.fleecing_bytes,
             finished=bool(raw.finished),
             reflinked_bytes=raw.reflinked_bytes,
         )
@@ -451,7 +447,7 @@ def backup(
       to seek.
 
     `granularity`: bytes that are copied, and discarded, at a time: a multiple of the snapshot's cluster size.
-    `workers`: threads that copy.
+    `workers`: threads that copy; None: one a processor, 2 to 16 (storage far away may like more).
     `speed`: the limit in bytes per second. None: defaults.
     `discard_source`: discard from the snapshot what was copied: guest writes do not save it any more, and its space
     is freed.

@@ -225,6 +225,12 @@ void snapshot_unref(fl_snapshot *snapshot)
     pthread_mutex_unlock(&fake->lock);
 }
 
+uint64_t snapshot_fleecing_bytes(fl_snapshot *snapshot)
+{
+    (void)snapshot;
+    return 0;
+}
+
 bool snapshot_is_direct(fl_snapshot *snapshot)
 {
     (void)snapshot;
