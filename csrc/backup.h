@@ -102,6 +102,7 @@ struct fl_backup {
     uint32_t clone_unit;        /* what ranges that are cloned must be multiples of; a power of two, up to 64 KiB */
     bool copies;                /* there is a target; else chunks mode */
     unsigned char *memory;      /* all buffers */
+    void *mapping;              /* that they are in, of `memory_size` bytes */
     size_t memory_size;
 
     pthread_mutex_t lock;       /* protects what follows, up to the atomics; never held during I/O or calls of the snapshot */
