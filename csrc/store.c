@@ -356,7 +356,7 @@ void store_free(struct store *store, uint64_t first, uint64_t count)
 bool store_oldest(struct store *store, uint64_t *cluster)
 {
     pthread_mutex_lock(&store->lock);
-    bool near = store->staged && store->staged + store->spilling >= (store->spill_down_to + 1) / 2;
+    bool near = store->staged && store->staged + store->spilling >= store->hot_from;
     if (near)
         *cluster = store->slots[store->oldest].cluster;
     pthread_mutex_unlock(&store->lock);
@@ -375,8 +375,9 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->shift = (uint32_t)__builtin_ctz(options->cluster_size);
     store->slots_count = (uint32_t)MIN(options->stage_size >> store->shift, PLACE_MOST_SLOTS);
     store->batch = MAX(1u, MIN(MIN(BATCH_SLOTS, BATCH_BYTES >> store->shift), store->slots_count / 4));
-    store->spill_above = store->slots_count / 2;
-    store->spill_down_to = store->slots_count / 4;
+    store->spill_above = store->slots_count / 2 + store->slots_count / 4;
+    store->spill_down_to = store->slots_count / 2;
+    store->hot_from = store->slots_count / 8;
     atomic_init(&store->references, 1);
     store->free_head = store->oldest = store->newest = NO_SLOT;
     store->last_waiter = &store->first_waiter;

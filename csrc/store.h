@@ -2,7 +2,7 @@
  *
  * A writer takes slots of memory (never waiting), fills them, and publishes them under the numbers of their clusters. Readers copy a published
  * cluster out, from wherever it is. Freeing forgets it. The spiller, a thread of the store's own, moves the oldest staged clusters to the fleecing
- * image once the stage is half full.
+ * image once three quarters of the stage are in use.
  */
 #ifndef FL_STORE_H
 #define FL_STORE_H

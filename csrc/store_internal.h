@@ -39,7 +39,8 @@ struct store {
     uint32_t cluster_size, shift;
     uint32_t slots_count;
     uint32_t batch;             /* slots that one spill writes at most */
-    uint32_t spill_above, spill_down_to;
+    uint32_t spill_above, spill_down_to;        /* slots in use */
+    uint32_t hot_from;          /* from so many on a backup had better copy the oldest ones next */
     char *memory;
     size_t mapped;
     fl_image *fleecing;         /* NULL: none. Until the spiller ends; used by it, by file_readers, and under the lock */

@@ -285,7 +285,8 @@ static void dismantle(struct store *store)
 
 /* ---- the thread ---- */
 
-/* Spilling starts when the stage is more than half full, and goes on until a quarter is left; or while a writer waits for room. */
+/* Spilling starts when the stage is more than three quarters full, and goes on until half is left; or while a writer waits for room. Long before,
+   a backup copies what is staged, so beside one little or nothing is spilled. */
 static bool spill_due(struct store *store, uint64_t now)
 {
     if (!store->staged || store->file_full)

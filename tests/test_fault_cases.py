@@ -212,7 +212,7 @@ def test_what_hangs_is_left_behind_and_freed_when_it_ends(side, op, directory):
     world.arm(target)
     with world.new_files():
         if side == "fleecing":
-            unit.guest.write(CLUSTER, 5 * CLUSTER)          # more than half of the stage: it is spilled
+            unit.guest.write(CLUSTER, 7 * CLUSTER)          # more than three quarters of the stage: it is spilled
             job = None
         else:
             job = pyfleece.Backup(snapshot, target, granularity=GRANULARITY, workers=2)

@@ -72,7 +72,7 @@ def many_writes(guest: Guest) -> None:
 
 def all_kinds(guest: Guest) -> None:
     some_writes(guest)
-    guest.write(40 * CLUSTER, 20 * CLUSTER + 5)         # in pieces: more than half of the stage
+    guest.write(40 * CLUSTER, 20 * CLUSTER + 5)         # in pieces: more than the stage holds
     guest.zero(12 * CLUSTER + 5, 3 * CLUSTER)
     guest.flush()
     guest.discard(16 * CLUSTER, 2 * CLUSTER)

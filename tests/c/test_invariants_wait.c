@@ -71,22 +71,22 @@ TEST(i7_reader_that_hangs_keeps_no_room)
     struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
     r.options.stage_size = 8 * CLUSTER;
     fl_snapshot *s = cut(&r);
-    write_bytes(&r, NEW, 5 * CLUSTER, 0);
-    WAIT_FOR_STATS(s, now.fleecing_bytes > 0 && now.staged_bytes == 5 * CLUSTER - now.fleecing_bytes && now.staged_bytes <= 2 * CLUSTER);
+    write_bytes(&r, NEW, 7 * CLUSTER, 0);
+    WAIT_FOR_STATS(s, now.fleecing_bytes > 0 && now.staged_bytes == 7 * CLUSTER - now.fleecing_bytes && now.staged_bytes <= 4 * CLUSTER);
     fault_all(r.fleecing, FL_FAULT_HANG, FL_OP_WRITE | FL_OP_READ, 0, 0, 0);
-    for (uint64_t c = 5; c < 9; c++)
+    for (uint64_t c = 7; c < 11; c++)
         write_bytes(&r, NEW, CLUSTER, c * CLUSTER);             /* these stay in the stage: the spill of older ones hangs */
     wait_hanging(r.fleecing, 1);
-    struct call *reader = start(READ, s, 9 * CLUSTER, 0);
+    struct call *reader = start(READ, s, 11 * CLUSTER, 0);
     wait_hanging(r.fleecing, 2);
-    for (uint64_t c = 10; stats_of(s).staged_bytes < 8 * CLUSTER; c++)
+    for (uint64_t c = 12; stats_of(s).staged_bytes < 8 * CLUSTER; c++)
         write_bytes(&r, NEW, CLUSTER, c * CLUSTER);             /* until the stage is full */
-    MUST(fl_snapshot_discard(s, 4 * CLUSTER, 5 * CLUSTER, &why));
+    MUST(fl_snapshot_discard(s, 4 * CLUSTER, 7 * CLUSTER, &why));
     finish(start(WRITE, &r, 2 * CLUSTER, 20 * CLUSTER), 0);
     fl_fault_clear(r.fleecing);
     finish(reader, FL_EDISCARDED);
-    check_old(s, 5 * CLUSTER, 0);
-    check_old(s, 55 * CLUSTER, 9 * CLUSTER);
+    check_old(s, 7 * CLUSTER, 0);
+    check_old(s, 53 * CLUSTER, 11 * CLUSTER);
     end(s);
     rig_free(&r);
 }
