@@ -50,6 +50,12 @@ def warm_memory(size: int) -> None:
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | populate).close()
 
 
+def settle(size: int) -> None:
+    """Before each side: nobody pays for what another one left to be written, nor for memory that lay idle."""
+    os.sync()
+    warm_memory(size)
+
+
 def timed(function: Callable[[], object]) -> float:
     begin = time.perf_counter()
     function()

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import qemu
-from kit import FLAGS, ROOT, machine, ratios, spread
+from kit import FLAGS, ROOT, machine, ratios, settle, spread
 
 import pyfleece
 
@@ -189,10 +189,12 @@ def measure(directory: str, size: int, seconds: float, without: set[str], figure
 
     for case in cases(touch=False):
         for side, manager in sides(directory, False, without).items():
+            settle(size)
             with manager as target:
                 note("plain", case, side, fio(target, case, size, seconds)[0])
     for case in cases(touch=True):
         for side, manager in sides(directory, True, without).items():
+            settle(2 * size)
             with manager as target:
                 rate, written = fio(target, case, size, seconds, size // 16 if case.block == 4096 else size)
                 note("first touch", case, side, rate)

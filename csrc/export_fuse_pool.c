@@ -33,7 +33,8 @@
 #define TICK_NS 2000000u
 #define SHORT_TICKS 2u                  /* that many looks in a row found too few threads able to run: more are added */
 #define IDLE_TICKS 500u                 /* that many looks in a row found two threads or more without work: half of them end */
-#define SOON_NS 50000u                  /* longer than a guest that does one request after the other takes between two of them */
+#define AT_ONCE_NS 3000u                /* a request that came sooner had waited for the thread */
+#define SOON_NS 100000u                 /* longer than a guest that does one request after the other takes between two of them, being woken for each */
 #define REQUEST_HEADER 80               /* bytes before the data of a write: struct fuse_in_header and struct fuse_write_in */
 #define REQUEST_SIZE (LARGEST_IO + 4096)        /* libfuse's own figure: its header space and the largest write */
 #define MEMORY_SIZE (REQUEST_SIZE + 8192)
@@ -133,7 +134,8 @@ static bool serve(struct worker *worker)
         int failure = errno;
         pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &old);
         atomic_fetch_sub(&mount->reading, 1);
-        worker->soon = now_ns() - began < SOON_NS;
+        uint64_t took = now_ns() - began;
+        worker->soon = took > AT_ONCE_NS && took < SOON_NS;
         if (length < 0 && (failure == EINTR || failure == EAGAIN || failure == ENOENT))      /* ENOENT: the request was taken back */
             continue;
         if (length <= 0)
