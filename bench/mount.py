@@ -90,7 +90,8 @@ def ours(directory: str, snapshot: bool) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(pyfleece.open(os.path.join(directory, "disk.raw"), "r+"))
         disk = stack.enter_context(pyfleece.Disk(image))
-        stack.enter_context(pyfleece.mount({"disk.raw": disk}, mountpoint))
+        options = {"fleecing_dir": directory}
+        stack.enter_context(pyfleece.mount({"disk.raw": disk}, mountpoint, snapshot_options=options))
         if snapshot:
             os.mkdir(os.path.join(mountpoint, ".snap", "bench"))
         yield Target(path=os.path.join(mountpoint, "disk.raw"))
