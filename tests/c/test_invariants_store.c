@@ -173,8 +173,11 @@ TEST(i5_punch_spares_what_is_in_use)
     write_bytes(&r, NEW, AGAIN * CLUSTER, FIRST * CLUSTER);     /* in these places */
     WAIT_FOR_STATS(s, now.staged_bytes < 64 * CLUSTER);
     CHECK(fl_fault_seen(r.fleecing, FL_OP_DISCARD) == 0, "punched too early for this test");
+    hang_next(r.fleecing, FL_OP_DISCARD, 0, 0);                 /* so that it does not finish before all is freed */
     for (uint64_t c = 2500; c < FIRST; c += 200)                /* keeps every tenth of the others */
         MUST(fl_snapshot_discard(s, (c + 180 < FIRST ? 180 : FIRST - c) * CLUSTER, c * CLUSTER, &why));
+    wait_hanging(r.fleecing, 1);
+    fl_fault_resume(r.fleecing);
     uint64_t deadline = clock_ns() + 10 * SECOND;
     while (fl_fault_seen(r.fleecing, FL_OP_DISCARD) < 5 && clock_ns() < deadline)
         sleep_ns(MILLISECOND);
