@@ -193,7 +193,6 @@ static void start_next(fl_backup *job)
     }
 }
 
-/* The last one out flushes the target, so that success is reported only for what is on stable storage. */
 /* Give up snapshot and target, which may have to be closed now, if no worker uses them. */
 static void let_go(fl_backup *job)
 {
@@ -212,6 +211,7 @@ static void let_go(fl_backup *job)
     image_unref(target);
 }
 
+/* The last one out flushes the target, so that success is reported only for what is on stable storage. */
 static void leave(fl_backup *job)
 {
     pthread_mutex_lock(&job->lock);
