@@ -73,7 +73,7 @@ def scratch(mount: Mount, size: int = 32 * MIB) -> Path:
 def spill_some(guest: Guest, snapshot: pyfleece.Snapshot) -> int:
     """Overwrite so much that most of it is in the fleecing file; where it ended."""
     guest.overwrite(0, 4 * MIB)
-    wait_for(lambda: snapshot.stats.staged_bytes <= STAGE // 2)
+    wait_for(lambda: snapshot.stats.staged_bytes <= STAGE * 3 // 4)
     assert snapshot.stats.fleecing_bytes >= 3 * MIB
     return 4 * MIB
 

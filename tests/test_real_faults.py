@@ -156,7 +156,7 @@ def test_the_fleecing_file_runs_full_losing_ranges(guest: Guest, small: SmallFil
         assert sum(extent.length for extent in snapshot.lost) == len(lost) * CLUSTER
 
         small.ballast.unlink()                          # what is lost stays lost; the rest is saved again
-        wait_for(lambda: snapshot.stats.staged_bytes <= STAGE // 2)
+        wait_for(lambda: snapshot.stats.staged_bytes <= STAGE * 3 // 4)
         guest.overwrite(full_at, guest.size)
         guest.check()
         assert unreadable(snapshot, state, pyfleece.LostError) == lost
@@ -563,7 +563,7 @@ def test_a_fleecing_device_loses_what_is_behind_it(
     device, state = loop_device(32 * MIB), guest.now
     with pyfleece.open(device, "r+", direct=True) as fleecing, cut(guest, fleecing) as snapshot:
         guest.overwrite(0, 8 * MIB)
-        wait_for(lambda: snapshot.stats.staged_bytes <= STAGE // 2)
+        wait_for(lambda: snapshot.stats.staged_bytes <= STAGE * 3 // 4)
         os.truncate(tmp_path / "loop0.backing", 2 * MIB)
         drop_cache(device)
         gone = unreadable(snapshot, state, pyfleece.ImageError)

@@ -272,7 +272,7 @@ def test_it_comes_back_too_late(stuck: Callable[..., Stuck], policy: str, after:
     for _ in range(2):
         assert unreadable(rig.snapshot, rig.state, pyfleece.LostError, pyfleece.DiscardedError) == expected
         rig.fleecing.clear()
-        wait_for(lambda: rig.snapshot.stats.staged_bytes <= STAGE // 2)
+        wait_for(lambda: rig.snapshot.stats.staged_bytes <= STAGE * 3 // 4)
     rig.guest.overwrite(offset + CLUSTER, SIZE, CLUSTER)
     rig.guest.check()
     assert unreadable(rig.snapshot, rig.state, pyfleece.LostError, pyfleece.DiscardedError) == expected
