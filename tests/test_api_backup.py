@@ -517,6 +517,23 @@ def test_a_target_that_hangs_can_be_cancelled(disk, tmp_path):
         target.clear()
 
 
+def test_progress_tells_what_the_fleecing_image_holds(disk, tmp_path):
+    data = b"\x05" * disk.size
+    disk.pwrite(data, 0)
+    with pyfleece.create(tmp_path / "backup.raw", 2 * MIB) as inner, FaultyImage(inner) as target:
+        target.hang("write", times=None)
+        with disk.snapshot(cluster_size=CLUSTER, stage_size=8 * CLUSTER) as snapshot:
+            disk.pwrite(b"\x06" * disk.size, 0)
+            wait_for(lambda: snapshot.stats.staged_bytes <= 6 * CLUSTER)
+            with pyfleece.Backup(snapshot, target) as job:
+                wait_for(lambda: target.hanging)
+                assert job.progress.fleecing_bytes == snapshot.stats.fleecing_bytes >= MIB - 8 * CLUSTER
+                target.clear()
+                job.wait(30)
+                assert job.progress.fleecing_bytes == 0
+        assert inner.pread(len(data), 0) == data
+
+
 def test_a_forgotten_backup_leaves_no_partial_file_at_exit(make_image, tmp_path):
     path, _ = make_image()
     script = """
