@@ -80,16 +80,17 @@ static int check_room(struct qcow2 *q, uint64_t clusters, fl_error *error)
                 q->io.device ? "its block device has no more room" : "its file cannot be larger");
 }
 
-/* A cluster that will hold a table, or a block of refcounts: zeros in the file, and unknown to the cache. */
-static int clean_cluster(struct qcow2 *q, uint64_t cluster, bool fresh, fl_error *error)
+int alloc_clean(struct qcow2 *q, uint64_t cluster, bool fresh, fl_error *error)
 {
-    int rc = cache_forget(q, cluster << q->cluster_bits, error);
-    if (rc < 0 || fresh)
+    /* A fresh one is zeros already, but maybe behind the end of the file, which reaches to the end of the cluster when its last part is written. */
+    uint64_t offset = cluster << q->cluster_bits, length = fresh ? q->cache.slice_size : q->cluster_size;
+    int rc = cache_forget(q, offset, error);
+    if (rc < 0)
         return rc;
-    void *zeros = calloc(1, q->cluster_size);
+    void *zeros = calloc(1, length);
     if (!zeros)
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a table of image '%s'", q->image.name);
-    rc = io_write_metadata(&q->io, zeros, q->cluster_size, cluster << q->cluster_bits, error);
+    rc = io_write_metadata(&q->io, zeros, length, offset + q->cluster_size - length, error);
     free(zeros);
     return rc;
 }
@@ -105,7 +106,7 @@ static int make_block(struct qcow2 *q, uint64_t block, fl_error *error)
     if (rc == 0)
         rc = check_not_a_table(q, at, 1, error);
     if (rc == 0)
-        rc = clean_cluster(q, at, at >= q->sparse_from, error);
+        rc = alloc_clean(q, at, at >= q->sparse_from, error);
     if (rc < 0)
         return rc;
     atomic_store(&q->tail, at + 1);             /* whatever happens now: what is there is not fresh any more */

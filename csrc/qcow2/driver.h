@@ -204,6 +204,9 @@ void settle(struct qcow2 *q);
 int alloc_clusters(struct qcow2 *q, uint64_t want, struct run *got, bool *fresh, fl_error *error);
 /* The same, all in a row, never used since opening. */
 int alloc_in_a_row(struct qcow2 *q, uint64_t want, struct run *got, fl_error *error);
+/* A cluster that will hold a table, or a block of refcounts: zeros that are inside the file, and unknown to the cache. So the entry that points at it may
+   become durable before anything else is written to it. */
+int alloc_clean(struct qcow2 *q, uint64_t cluster, bool fresh, fl_error *error);
 /* Clusters that were allocated and have never been in the map. */
 void alloc_undo(struct qcow2 *q, struct run run);
 

@@ -238,17 +238,16 @@ void l1_set_dirty(struct qcow2 *q, uint64_t index)
         q->l1_dirty_count++;
 }
 
-/* What the cluster of a new table holds: zeros, or what is in `old`, a table that others have too and that so nobody changes. */
-static int fill_table(struct qcow2 *q, uint64_t offset, uint64_t old, bool fresh, fl_error *error)
+/* A copy of the table at `old`, which others have too and which so nobody changes. */
+static int copy_table(struct qcow2 *q, uint64_t offset, uint64_t old, fl_error *error)
 {
     int rc = cache_forget(q, offset, error);
-    if (rc < 0 || (fresh && !old))
+    void *buffer = rc == 0 ? malloc(q->cluster_size) : NULL;
+    if (rc < 0)
         return rc;
-    void *buffer = calloc(1, q->cluster_size);
     if (!buffer)
         return fail(error, ENOMEM, FL_SIDE_NONE, 0, 0, "no memory for a table of image '%s'", q->image.name);
-    if (old)
-        rc = io_read_metadata(&q->io, buffer, q->cluster_size, old, error);
+    rc = io_read_metadata(&q->io, buffer, q->cluster_size, old, error);
     if (rc == 0)
         rc = io_write_metadata(&q->io, buffer, q->cluster_size, offset, error);
     free(buffer);
@@ -270,7 +269,7 @@ static int make_table(struct qcow2 *q, uint64_t index, uint64_t *table, fl_error
     }
     if ((rc = alloc_clusters(q, 1, &run, &fresh, error)) < 0)
         return rc;
-    rc = fill_table(q, run.first << q->cluster_bits, old, fresh, error);
+    rc = old ? copy_table(q, run.first << q->cluster_bits, old, error) : alloc_clean(q, run.first, fresh, error);
     if (rc == 0) {
         pthread_mutex_lock(&q->lock);
         if (old && freed_reserve(q, 1) < 0) {

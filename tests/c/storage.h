@@ -17,6 +17,7 @@ static atomic_uint storage_fails;       /* of 1000 calls, how many fail */
 static atomic_int storage_error;        /* with what */
 static atomic_bool storage_hangs;       /* writes wait for it to become false: */
 static _Thread_local bool storage_hangs_me;     /* only those of this thread do */
+static atomic_ullong storage_reads_hang_from = UINT64_MAX;      /* those of such threads, from this offset on, wait for it to become greater */
 static atomic_bool storage_cannot_punch, storage_cannot_sync;
 static atomic_uint storage_hanging, storage_syncs, storage_punches, storage_failed;
 
@@ -57,6 +58,12 @@ static bool storage_refuses(void)
 ssize_t preadv(int fd, const struct iovec *iov, int count, off_t offset)
 {
     storage_delay();
+    if (storage_hangs_me && (uint64_t)offset >= atomic_load(&storage_reads_hang_from)) {
+        atomic_fetch_add(&storage_hanging, 1);
+        while ((uint64_t)offset >= atomic_load(&storage_reads_hang_from))
+            sleep_ns(MILLISECOND);
+        atomic_fetch_sub(&storage_hanging, 1);
+    }
     if (storage_refuses())
         return -1;
     ssize_t n = syscall(SYS_preadv, fd, iov, (long)count, (long)offset, (long)((uint64_t)offset >> 32));

@@ -221,6 +221,70 @@ static void crash(const struct shape *shape, unsigned states, uint64_t seed)
     free(first);
 }
 
+/* ---- between making a table and filling it ---- */
+
+static fl_image *shared;
+
+static void *write_last(void *nothing)
+{
+    unsigned char data[SECTOR] = { 1 };
+    storage_hangs_me = true;
+    MUST(fl_image_pwrite(shared, data, SECTOR, (1 << 20) - SECTOR, &why));
+    return nothing;
+}
+
+static uint64_t file_size(const char *path)
+{
+    struct stat st;
+    CHECK(stat(path, &st) == 0);
+    return (uint64_t)st.st_size;
+}
+
+static void copy_file(const char *path, const char *copy)
+{
+    uint64_t size = file_size(path);
+    unsigned char *data = malloc(size);
+    int from = open(path, O_RDONLY), to = open(copy, O_CREAT | O_TRUNC | O_WRONLY, 0666);
+    CHECK(data && from >= 0 && to >= 0 && pread(from, data, size, 0) == (ssize_t)size && write(to, data, size) == (ssize_t)size);
+    close(from);
+    close(to);
+    free(data);
+}
+
+/* A flush may make a new L2 table known while nothing was written to it yet. Where it is the last cluster of the file, the file must reach to its end
+ * all the same: else a crash leaves an entry that points behind the end. In clusters of 512 bytes: a table is for 32 KiB.
+ */
+static void flush_before_a_table_is_filled(void)
+{
+    static const struct shape shape = { 3, 9, 4, 1 << 20, NULL };
+    const char *path = in_directory(NAME), *after = in_directory("after.qcow2");
+    unsigned char data[SECTOR] = { 2 };
+    pthread_t writer;
+    make_image(path, &shape);
+    shared = open_qcow2(path, WRITABLE, 0);
+    MUST(fl_image_pwrite(shared, data, SECTOR, 0, &why));
+    MUST(fl_image_flush(shared, &why));
+    atomic_store(&storage_reads_hang_from, file_size(path));            /* so where a table is read that is new */
+    CHECK(!pthread_create(&writer, NULL, write_last, NULL));
+    while (!atomic_load(&storage_hanging))
+        sleep_ns(MILLISECOND);
+    MUST(fl_image_flush(shared, &why));
+    copy_file(path, after);
+    check_image(after, 1);
+    fl_image *found = open_qcow2(after, WRITABLE, 0);
+    for (uint64_t at = 0; at < shape.size; at += SECTOR)
+        MUST(fl_image_pwrite(found, data, SECTOR, at, &why));
+    MUST(fl_image_close(found, &why));
+    fl_image_free(found);
+    check_image(after, 1);
+
+    atomic_store(&storage_reads_hang_from, UINT64_MAX);
+    CHECK(!pthread_join(writer, NULL));
+    MUST(fl_image_close(shared, &why));
+    fl_image_free(shared);
+    check_image(path, 0);
+}
+
 int main(int argc, char **argv)
 {
     static const struct shape shapes[] = {
@@ -234,6 +298,7 @@ int main(int argc, char **argv)
         for (uint64_t seed = 1; seed <= 2; seed++)
             crash(&shapes[i], states / 12, seed + 10 * i);
     free(events);
+    flush_before_a_table_is_filled();
     printf("ok\n");
     return 0;
 }
