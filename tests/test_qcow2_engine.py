@@ -204,14 +204,15 @@ def test_a_qcow2_fleecing_image_gives_its_space_back(tmp_path: Path) -> None:
 def test_a_fleecing_image_gives_space_back_without_a_flush(tmp_path: Path) -> None:
     """Nobody flushes a fleecing image while a backup runs."""
     path = tmp_path / "fleece.qcow2"
-    size = 96 * MIB
+    size = 72 * MIB
     with pyfleece.create(path, size) as image:
         for offset in range(0, size, MIB):
             image.pwrite(os.urandom(MIB), offset)
         assert kit.blocks(path) >= size
         for offset in range(0, size, MIB):
             image.discard(MIB, offset)
-        assert kit.blocks(path) < size // 2
+            time.sleep(0.002)       # a commit in the background begins on the way, and is not about all of it
+        wait_for(lambda: kit.blocks(path) < size // 2, 60)
     assert kit.blocks(path) < MIB
     check(path)
 

@@ -323,10 +323,24 @@ static int commit_shared(struct qcow2 *q, bool all, fl_error *error)
 
 int commit(struct qcow2 *q, fl_error *error) { return commit_shared(q, false, error); }
 
+/* Is more than so many quarters of the cache dirty, or more than so many times freed as may wait? */
+static bool exceeds(const struct qcow2 *q, unsigned quarters, unsigned times)
+{
+    uint64_t tail = atomic_load_explicit(&q->tail, memory_order_relaxed) << q->cluster_bits;
+    uint64_t freed = atomic_load_explicit(&q->freed_bytes, memory_order_relaxed), may_wait = MAX(FREED_BYTES, tail / FREED_SHARE);
+    return atomic_load_explicit(&q->dirty_count, memory_order_relaxed) > q->cache.limit / 4 * quarters || freed > times * may_wait;
+}
+
+static bool due(const struct qcow2 *q) { return exceeds(q, 1, 1); }
+static bool overdue(const struct qcow2 *q) { return exceeds(q, 2, 4); }
+
 static void *background(void *argument)
 {
     struct qcow2 *q = argument;
-    commit_shared(q, true, NULL);       /* what fails is dirty as before, and the next flush tells */
+    int rc;
+    do
+        rc = commit_shared(q, true, NULL);      /* what fails is dirty as before, and the next flush tells */
+    while (rc == 0 && due(q));               /* there may be no other change that would begin another one */
     pthread_mutex_lock(&q->committing);
     q->background = false;
     pthread_cond_broadcast(&q->committed);
@@ -348,12 +362,7 @@ static bool begin_in_background(struct qcow2 *q)
 /* A guest's write waits for a sync only when the one in the background can't keep up. */
 int commit_if_due(struct qcow2 *q, fl_error *error)
 {
-    uint64_t tail = atomic_load_explicit(&q->tail, memory_order_relaxed) << q->cluster_bits;
-    uint64_t freed = atomic_load_explicit(&q->freed_bytes, memory_order_relaxed), may_wait = MAX(FREED_BYTES, tail / FREED_SHARE);
-    unsigned dirty = atomic_load_explicit(&q->dirty_count, memory_order_relaxed);
-    if (LIKELY(dirty <= q->cache.limit / 4 && freed <= may_wait))
-        return 0;
-    if (dirty <= q->cache.limit / 2 && freed <= 4 * may_wait && begin_in_background(q))
+    if (LIKELY(!due(q)) || (!overdue(q) && begin_in_background(q)))
         return 0;
     return commit_shared(q, true, error);
 }
