@@ -161,7 +161,7 @@ int job_discard(fl_backup *job, uint64_t offset, uint64_t length, fl_error *erro
 /* Behind the guest, this thread only; its I/O priority follows. Beside a guest of one thread that writes as fast as it can on two processors, the slowest
    thousandth of its writes takes less than half as long. SCHED_IDLE does more there (an eighth), but on a machine that is busy for good it would never
    end, and hold locks and fleecing space meanwhile. */
-static void step_back(void)
+void job_step_back(void)
 {
     struct sched_param none = { 0 };
     sched_setscheduler(0, SCHED_BATCH, &none);
@@ -171,26 +171,26 @@ static void step_back(void)
 
 static void *worker_main(void *argument);
 
+int job_thread(fl_backup *job, void *(*body)(void *), void *argument)
+{
+    atomic_fetch_add(&job->references, 1);
+    job->running++;
+    int rc = thread_start(body, argument, "fl-backup");
+    if (rc) {
+        job->running--;                         /* not the last one, nor is the reference: who asks has its own */
+        atomic_fetch_sub(&job->references, 1);
+    }
+    return rc;
+}
+
 /* Start one more, if there may be work for it. One that cannot be started is not missed: those that run do its share. */
 static void start_next(fl_backup *job)
 {
     pthread_mutex_lock(&job->lock);
-    bool start = !job->failed && job->started < job->planned && job->cursor.position < job->size;
-    struct worker *worker = &job->workers[job->started];
-    if (start) {
+    if (!job->failed && job->started < job->planned && job->cursor.position < job->size &&
+        job_thread(job, worker_main, &job->workers[job->started]) == 0)
         job->started++;
-        job->running++;
-    }
     pthread_mutex_unlock(&job->lock);
-    if (!start)
-        return;
-    atomic_fetch_add(&job->references, 1);
-    if (thread_start(worker_main, worker, "fl-backup") != 0) {
-        job_unref(job);                 /* not the last one: this worker has its own */
-        pthread_mutex_lock(&job->lock);
-        job->running--;                 /* not the last one either */
-        pthread_mutex_unlock(&job->lock);
-    }
 }
 
 /* Give up snapshot and target, which may have to be closed now, if no worker uses them. */
@@ -212,7 +212,7 @@ static void let_go(fl_backup *job)
 }
 
 /* The last one out flushes the target, so that success is reported only for what is on stable storage. */
-static void leave(fl_backup *job)
+void job_leave(fl_backup *job)
 {
     pthread_mutex_lock(&job->lock);
     if (job->running == 1 && job->copies && !job->failed) {     /* nobody is left who could start another one */
@@ -233,20 +233,20 @@ static void leave(fl_backup *job)
     pthread_mutex_unlock(&job->lock);
     if (closed)
         let_go(job);            /* close did not wait for us: nobody else does it before the job is freed */
+    job_unref(job);
 }
 
 static void *worker_main(void *argument)
 {
     struct worker *worker = argument;
     fl_backup *job = worker->job;
-    step_back();
+    job_step_back();
     start_next(job);
     if (job->copies)
         copy_loop(worker);
     else
         chunk_loop(worker);
-    leave(job);
-    job_unref(job);
+    job_leave(job);
     return NULL;
 }
 
@@ -390,11 +390,11 @@ int fl_backup_start(fl_snapshot *snapshot, fl_image *target, const fl_backup_opt
     throttle_set(&job->throttle, options->speed);
     job->started_ns = now_ns();
 
-    job->started = job->running = 1;
-    atomic_fetch_add(&job->references, 1);
-    rc = thread_start(worker_main, &job->workers[0], "fl-backup");
+    pthread_mutex_lock(&job->lock);
+    job->started = 1;
+    rc = job_thread(job, worker_main, &job->workers[0]);
+    pthread_mutex_unlock(&job->lock);
     if (rc) {
-        job_unref(job);
         rc = fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot start a thread for the backup");
         goto unref;
     }

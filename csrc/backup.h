@@ -5,6 +5,7 @@
  *   backup_read.c    reads one piece of work, in order, and says of each part what it is
  *   backup_copy.c    a part goes to the target
  *   backup_clone.c   or is shared with the source
+ *   backup_writeback.c  what was copied is on its way to the disk while the rest is copied
  *   backup_chunks.c  a part goes to whoever asks for chunks
  *
  * A worker takes a piece of work under the lock, and does it without: nobody holds the lock during I/O, so a worker that hangs in the
@@ -112,7 +113,9 @@ struct fl_backup {
     pthread_cond_t ended;       /* for fl_backup_wait and close: `over` or `running` changed */
     fl_snapshot *snapshot;      /* referenced; set to NULL by close once no worker runs */
     fl_image *target;           /* the same; NULL in chunks mode */
-    uint32_t started, running;  /* workers ever, and now */
+    uint32_t started, running;  /* workers ever; threads now, that of the writeback too */
+    bool writeback_runs;
+    uint64_t writeback_begun;   /* data_bytes when writeback was last asked for */
     bool over;                  /* nothing will change any more: succeeded, or failed and no worker runs */
     bool cancelled;
     bool closing;               /* calls that wait return */
@@ -152,6 +155,11 @@ void job_settle(fl_backup *job);
    before was right. Without the lock. */
 int job_discard(fl_backup *job, uint64_t offset, uint64_t length, fl_error *error);
 
+/* Start a thread that uses the job. It calls job_leave at its end, and nothing of the job's after that. 0 or -errno. Lock held. */
+int job_thread(fl_backup *job, void *(*body)(void *), void *argument);
+void job_leave(fl_backup *job);
+void job_step_back(void);       /* this thread stands behind the guest */
+
 /* ---- backup_cursor.c ---- */
 
 /* The next piece of work in order, without taking it. false: there is none, or the job fails. Lock held; let go of while extents are
@@ -182,6 +190,10 @@ int part_copy_end(struct worker *worker, fl_error *error);      /* the piece of 
 int part_clone(struct worker *worker, uint64_t offset, uint64_t length, uint64_t *cloned, fl_error *error);
 /* Do a piece of work of several granules: share what can be shared, read and copy the rest by granules. As work_read. */
 int work_clone(struct worker *worker, const struct work *work, fl_error *error);
+
+/* ---- backup_writeback.c ---- */
+
+void writeback_if_due(fl_backup *job);          /* by a worker of copy mode. Lock held */
 
 /* ---- backup_chunks.c ---- */
 

@@ -186,6 +186,7 @@ void copy_loop(struct worker *worker)
         bool pressing = job->discard && snapshot_hot(job->snapshot, &hot);
 
         pthread_mutex_lock(&job->lock);
+        writeback_if_due(job);
         bool any = !job->failed && pressing && cursor_take_hot(job, hot, &work);
         if (!any && (any = cursor_look(job, &work)))
             cursor_take(job, &work);

@@ -1,8 +1,9 @@
-/* test_backup_control.c: the backup job's speed, cancel, close, failures, hangs, interrupts and forks. */
+/* test_backup_control.c: the backup job's speed, cancel, close, failures, hangs, writeback, interrupts and forks. */
 #define _GNU_SOURCE
 #include "backup_kit.h"
 #include "throttle.h"
 
+#include <fcntl.h>
 #include <sys/wait.h>
 
 /* ---- speed ---- */
@@ -174,6 +175,52 @@ static void test_source_that_hangs(void)
         }
 }
 
+/* ---- writeback ---- */
+
+static atomic_uint writebacks, hanging_writebacks;
+static atomic_bool writeback_hangs;
+static atomic_int written_back;         /* the descriptor */
+
+/* What the library calls in place of the C library's. */
+int sync_file_range(int fd, off_t offset, off_t length, unsigned flags)
+{
+    CHECK(offset == 0 && length == 0 && flags == SYNC_FILE_RANGE_WRITE, "it takes note of errors, or is about a part: %x", flags);
+    atomic_store(&written_back, fd);
+    atomic_fetch_add(&writebacks, 1);
+    atomic_fetch_add(&hanging_writebacks, 1);
+    while (atomic_load(&writeback_hangs))
+        sleep_ns(MILLISECOND);
+    atomic_fetch_sub(&hanging_writebacks, 1);
+    return 0;
+}
+
+static bool writeback_is_hanging(void *nothing) { return (void)nothing, atomic_load(&hanging_writebacks) == 1; }
+
+static void test_writeback_begins_before_the_end(void)
+{
+    struct fake *fake = fake_new(64 * MIB, 4096, FL_DATA, true);
+    fl_image *target = new_target(fake->size, true);
+    fl_backup *job = start(fake, target, (fl_backup_options){ .workers = 2, .speed = 256 * MIB });
+    MUST(fl_backup_wait(job, 5 * SECOND, &why));
+    CHECK(progress_of(job).data_bytes == fake->size && progress_of(job).finished, "not all data");
+    unsigned seen = atomic_load(&writebacks);
+    CHECK(seen >= 2 && seen <= 4, "%u for 64 MiB", seen);
+    CHECK(atomic_load(&written_back) == image_descriptor(target), "of another file");
+    end(job);
+    job = start(fake, target, (fl_backup_options){ .speed = 256 * MIB, .target_is_zero = 1 });
+    atomic_store(&writeback_hangs, true);       /* nobody waits for it but the end */
+    eventually(writeback_is_hanging, NULL, "writeback hangs");
+    for (uint64_t begin = clock_ns(); progress_of(job).done < fake->size; sleep_ns(MILLISECOND))
+        CHECK(ms_since(begin) < 5000, "the workers wait for the writeback");
+    EXPECT(FL_ERUNNING, fl_backup_wait(job, 50 * MILLISECOND, &why));
+    end_within(job, 1200 * MILLISECOND);
+    CHECK(fake->references == 2, "%u references while the writeback hangs", fake->references);
+    atomic_store(&writeback_hangs, false);
+    eventually(fake_is_let_go, fake, "let go");
+    fake_free(fake);
+    fl_image_free(target);
+}
+
 static atomic_int interrupts;
 static int interrupt(void) { return atomic_fetch_sub(&interrupts, 1) > 0; }
 
@@ -337,7 +384,7 @@ int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         TEST(speed), TEST(speed_is_kept_evenly), TEST(speed_is_not_saved_up), TEST(speed_changes_while_it_runs), TEST(cancel),
-        TEST(target_that_hangs), TEST(source_that_hangs), TEST(interrupt), TEST(close_while_others_wait), TEST(fork),
+        TEST(target_that_hangs), TEST(source_that_hangs), TEST(writeback_begins_before_the_end), TEST(interrupt), TEST(close_while_others_wait), TEST(fork),
         TEST(every_target_operation_fails_once), TEST(first_failure_wins), TEST(snapshot_that_is_closed_or_breaks),
     };
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);

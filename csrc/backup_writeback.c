@@ -1,0 +1,42 @@
+/* backup_writeback.c: the target's writeback, begun while the rest is still copied.
+ *
+ * Left alone, the kernel keeps what was written in its page cache for seconds, and most of it is there when the job syncs its target at the end: the disk
+ * idles while workers copy, and they are gone while it writes. So every WRITEBACK_STEP a thread asks for the writeback of what there is. A thread, as that
+ * may wait for room in the device's queue, and one at a time, for the job as a whole. It promises nothing: what could not be written is told by the
+ * flush at the end, as sync_file_range without its WAIT flags takes no note of errors.
+ */
+#define _GNU_SOURCE
+#include "backup.h"
+
+#include <fcntl.h>
+
+#define WRITEBACK_STEP (UINT64_C(16) << 20)
+
+static bool due(const fl_backup *job)
+{
+    return !job->failed && atomic_load_explicit(&job->data_bytes, memory_order_relaxed) - job->writeback_begun >= WRITEBACK_STEP;
+}
+
+static void *writeback(void *argument)
+{
+    fl_backup *job = argument;
+    job_step_back();
+    pthread_mutex_lock(&job->lock);
+    while (due(job) && job->running > 1) {      /* the last one flushes, and needs no writeback */
+        job->writeback_begun = atomic_load_explicit(&job->data_bytes, memory_order_relaxed);
+        pthread_mutex_unlock(&job->lock);
+        sync_file_range(image_descriptor(job->target), 0, 0, SYNC_FILE_RANGE_WRITE);
+        pthread_mutex_lock(&job->lock);
+    }
+    job->writeback_runs = false;
+    pthread_mutex_unlock(&job->lock);
+    job_leave(job);
+    return NULL;
+}
+
+void writeback_if_due(fl_backup *job)
+{
+    if (job->writeback_runs || !due(job) || image_descriptor(job->target) < 0)
+        return;
+    job->writeback_runs = job_thread(job, writeback, job) == 0;
+}
