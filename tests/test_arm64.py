@@ -87,8 +87,14 @@ pytestmark = pytest.mark.timeout(640)
 
 
 def test_litmus(tmp_path: Path) -> None:
-    happened = counts(run("test_litmus", tmp_path, "--seconds", "0.1"))
-    assert all(happened[f"{race}_overlaps"] > 0 for race in RACES), happened
+    """In one emulated run a race may end without its threads ever having met."""
+    unseen = set(RACES)
+    for _ in range(3):
+        happened = counts(run("test_litmus", tmp_path, "--seconds", "0.1"))
+        unseen = {race for race in unseen if happened[f"{race}_overlaps"] == 0}
+        if not unseen:
+            break
+    assert not unseen, f"never met: {unseen}"
 
 
 def test_stress(tmp_path: Path) -> None:
