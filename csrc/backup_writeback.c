@@ -36,7 +36,7 @@ static void *writeback(void *argument)
 
 void writeback_if_due(fl_backup *job)
 {
-    if (job->writeback_runs || !due(job) || image_descriptor(job->target) < 0)
+    if (job->writeback_runs || !due(job) || job->target->direct || image_descriptor(job->target) < 0)
         return;
     job->writeback_runs = job_thread(job, writeback, job) == 0;
 }

@@ -177,11 +177,28 @@ static void check_state(const char *path, size_t crash, const unsigned char *fir
     free(got);
 }
 
+static uint64_t file_size(const char *path)
+{
+    struct stat st;
+    CHECK(stat(path, &st) == 0);
+    return (uint64_t)st.st_size;
+}
+
+static unsigned char *read_file(const char *path, size_t *size)
+{
+    *size = file_size(path);
+    unsigned char *data = malloc(*size);
+    int fd = open(path, O_RDONLY);
+    CHECK(data && fd >= 0 && read(fd, data, *size) == (ssize_t)*size);
+    close(fd);
+    return data;
+}
+
 static void crash(const struct shape *shape, unsigned states, uint64_t seed)
 {
     const char *path = in_directory(NAME), *after = in_directory("after.qcow2");
     struct model m;
-    struct stat st;
+    size_t base_size;
     if (shape->backing) {
         int fd = open(in_directory(shape->backing), O_CREAT | O_TRUNC | O_WRONLY, 0666);
         CHECK(fd >= 0);
@@ -190,11 +207,8 @@ static void crash(const struct shape *shape, unsigned states, uint64_t seed)
         close(fd);
     }
     make_image(path, shape);
-    CHECK(stat(path, &st) == 0);
-    unsigned char *base = malloc((size_t)st.st_size), *first = malloc(shape->size);
-    int fd = open(path, O_RDONLY);
-    CHECK(base && first && fd >= 0 && read(fd, base, (size_t)st.st_size) == st.st_size);
-    close(fd);
+    unsigned char *base = read_file(path, &base_size), *first = malloc(shape->size);
+    CHECK(first);
     fl_image *image = open_qcow2(path, WRITABLE, 1);
     model_init(&m, image, seed);
     MUST(fl_image_pread(image, m.bytes, m.size, 0, &why));
@@ -207,7 +221,7 @@ static void crash(const struct shape *shape, unsigned states, uint64_t seed)
     check_image(path, 0);
     for (unsigned i = 0; i < states; i++) {
         size_t at = i == 0 ? event_count : below(&m.random, event_count + 1);
-        make_state(after, base, (size_t)st.st_size, at, &m.random);
+        make_state(after, base, base_size, at, &m.random);
         check_state(after, at, first, m.size);
     }
     printf("%u-byte clusters: %zu events\n", 1u << shape->cluster_bits, event_count);
@@ -233,20 +247,12 @@ static void *write_last(void *nothing)
     return nothing;
 }
 
-static uint64_t file_size(const char *path)
-{
-    struct stat st;
-    CHECK(stat(path, &st) == 0);
-    return (uint64_t)st.st_size;
-}
-
 static void copy_file(const char *path, const char *copy)
 {
-    uint64_t size = file_size(path);
-    unsigned char *data = malloc(size);
-    int from = open(path, O_RDONLY), to = open(copy, O_CREAT | O_TRUNC | O_WRONLY, 0666);
-    CHECK(data && from >= 0 && to >= 0 && pread(from, data, size, 0) == (ssize_t)size && write(to, data, size) == (ssize_t)size);
-    close(from);
+    size_t size;
+    unsigned char *data = read_file(path, &size);
+    int to = open(copy, O_CREAT | O_TRUNC | O_WRONLY, 0666);
+    CHECK(to >= 0 && write(to, data, size) == (ssize_t)size);
     close(to);
     free(data);
 }
