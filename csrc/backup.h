@@ -5,7 +5,7 @@
  *   backup_read.c    reads one piece of work, in order, and says of each part what it is
  *   backup_copy.c    a part goes to the target
  *   backup_clone.c   or is shared with the source
- *   backup_writeback.c  what was copied is on its way to the disk while the rest is copied
+ *   backup_writeback.c  what was copied is on its way to the disk, and out of the page cache, while the rest is copied
  *   backup_chunks.c  a part goes to whoever asks for chunks
  *
  * A worker takes a piece of work under the lock, and does it without: nobody holds the lock during I/O, so a worker that hangs in the
