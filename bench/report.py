@@ -2,10 +2,10 @@
 
     python bench/report.py [--directory DIR] [--list] [WORD ...]
 
-The figures are in docs/*.md, between `<!-- begin: python bench/NAME.py OPTIONS -->` and `<!-- end -->`. With words,
-only those commands that have one of them. DIR is passed on to each. A document is written as soon as one of its
-commands has succeeded; a command that fails, or prints nothing, leaves what was there. The text around the figures is
-for people to check afterwards.
+The figures are in README.md and docs/*.md, between `<!-- begin: python bench/NAME.py OPTIONS -->` and `<!-- end -->`.
+With words, only those commands that have one of them. DIR is passed on to each. A command runs once, for all documents
+that show it, and they are written as soon as it has succeeded; one that fails, or prints nothing, leaves what was
+there. The text around the figures is for people to check afterwards.
 """
 
 from __future__ import annotations
@@ -47,23 +47,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", help="on the file system to measure; the default is each command's own")
     parser.add_argument("--list", action="store_true", help="which commands there are")
-    parser.add_argument("--documents", default=ROOT / "docs", type=pathlib.Path, help="where they are")
+    parser.add_argument("--documents", default=ROOT, type=pathlib.Path, help="where README.md and docs are")
     parser.add_argument("words", nargs="*", metavar="WORD")
     options = parser.parse_args()
-    failed = 0
-    for path in sorted(options.documents.glob("*.md")):
+    shown: dict[str, list[pathlib.Path]] = {}
+    for path in sorted([*options.documents.glob("*.md"), *options.documents.glob("docs/*.md")]):
         for command, _ in BLOCK.findall(path.read_text(encoding="utf-8")):
-            if options.words and not any(word in command for word in options.words):
-                continue
-            if options.list:
-                print(f"{path.name}: {command}")
-                continue
-            output = run(command, options.directory)
-            if output is None:
-                failed += 1
-                continue
-            text = path.read_text(encoding="utf-8")
-            path.write_text(replaced(text, command, output), encoding="utf-8")
+            if not options.words or any(word in command for word in options.words):
+                shown.setdefault(command, []).append(path)
+    failed = 0
+    for command, paths in shown.items():
+        if options.list:
+            print(f"{', '.join(path.name for path in paths)}: {command}")
+            continue
+        output = run(command, options.directory)
+        if output is None:
+            failed += 1
+            continue
+        for path in paths:
+            path.write_text(replaced(path.read_text(encoding="utf-8"), command, output), encoding="utf-8")
     return 1 if failed else 0
 
 

@@ -2,17 +2,18 @@
  *
  * Left alone, the kernel keeps what was written in its page cache for seconds, and most of it is there when the job syncs its target at the end: the disk
  * idles while workers copy, and they are gone while it writes. And as nobody reads a target again soon, its pages take the place of others that somebody
- * does read, and each of its writes has to find new memory. So every WRITEBACK_STEP a thread asks for the writeback of what there is, and gives up the
- * pages that are written already: the next writes get the same memory again. A thread, as that may wait for room in the device's queue, and one at
- * a time, for the job as a whole. It promises nothing: what could not be written is told by the flush at the end, as POSIX_FADV_DONTNEED takes no note
- * of errors, and keeps what is dirty.
+ * does read, and each of its writes has to find new memory. So every WRITEBACK_STEP a thread asks for the writeback of what there is, and each time in
+ * DROP_EVERY for the pages that are written already to be given up as well: the next writes get the same memory again. A thread, as that may wait for room
+ * in the device's queue, and one at a time, for the job as a whole. It promises nothing: what could not be written is told by the flush at the end, as
+ * neither call takes note of errors, and POSIX_FADV_DONTNEED keeps what is dirty.
  */
 #define _GNU_SOURCE
 #include "backup.h"
 
 #include <fcntl.h>
 
-#define WRITEBACK_STEP (UINT64_C(32) << 20)
+#define WRITEBACK_STEP (UINT64_C(16) << 20)
+#define DROP_EVERY 4
 
 static bool due(const fl_backup *job)
 {
@@ -27,7 +28,10 @@ static void *writeback(void *argument)
     while (due(job) && job->running > 1) {      /* the last one flushes, and needs no writeback */
         job->writeback_begun = atomic_load_explicit(&job->data_bytes, memory_order_relaxed);
         pthread_mutex_unlock(&job->lock);
-        posix_fadvise(image_descriptor(job->target), 0, 0, POSIX_FADV_DONTNEED);
+        if (++job->writebacks % DROP_EVERY)
+            sync_file_range(image_descriptor(job->target), 0, 0, SYNC_FILE_RANGE_WRITE);
+        else
+            posix_fadvise(image_descriptor(job->target), 0, 0, POSIX_FADV_DONTNEED);    /* begins the writeback, too */
         pthread_mutex_lock(&job->lock);
     }
     job->writeback_runs = false;

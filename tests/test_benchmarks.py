@@ -100,10 +100,14 @@ After.
 
 
 def test_report_replaces_what_a_command_printed(work, tmp_path):
-    document = tmp_path / "performance.md"
-    document.write_text(COMMANDS)
+    """In all documents that show it; it runs once."""
+    documents = tmp_path / "README.md", tmp_path / "docs" / "performance.md"
+    documents[1].parent.mkdir()
+    for document in documents:
+        document.write_text(COMMANDS)
     run(work, "bench/report.py", "--documents", tmp_path, "--directory", work, "workers")
-    text = document.read_text()
+    text = documents[0].read_text()
+    assert documents[1].read_text() == text
     begin, end = text.index("rounds 1 -->\n"), text.index("<!-- end -->\nAfter.")
     assert "old, kept\n<!-- end -->" in text and text.startswith("Before.\n") and text.endswith("After.\n")
     assert [row[0] for row in rows(text[begin:end])] == ["1", "16"]
