@@ -116,7 +116,6 @@ struct fl_backup {
     uint32_t started, running;  /* workers ever; threads now, that of the writeback too */
     bool writeback_runs;
     uint64_t writeback_begun;   /* data_bytes when writeback was last asked for */
-    unsigned writebacks;        /* times that it was; of its thread */
     bool over;                  /* nothing will change any more: succeeded, or failed and no worker runs */
     bool cancelled;
     bool closing;               /* calls that wait return */

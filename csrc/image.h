@@ -52,7 +52,8 @@ struct image_ops {
     /* The least end that a read met before the image's size: what was behind it was cut off, and stays lost when the image is made longer again.
        UINT64_MAX: none. NULL: the driver's images can't be cut off. */
     uint64_t (*ends_at)(fl_image *image);
-    /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at, or to begin its writeback. NULL: there is none. */
+    /* The file or block device whose identity and times are the image's, or -1; the image's own, to look at, or to begin its writeback.
+       NULL: there is none. */
     int (*descriptor)(fl_image *image);
     /* Flush, and write all that closing would still write: until the next change through the image its file does not change. NULL: flush does that. */
     int (*settle)(fl_image *image, fl_error *error);

@@ -242,8 +242,6 @@ static inline void check_lost(fl_backup *job, const fl_extent *map, size_t count
 struct test { const char *name; void (*run)(void); };
 #define TEST(name) { #name, test_##name }
 
-static inline void *nothing(void *argument) { return argument; }
-
 /* Run the tests, each of which must leave no thread and no file behind. */
 static int run_tests(const struct test *tests, size_t count, int argc, char **argv)
 {
@@ -252,12 +250,7 @@ static int run_tests(const struct test *tests, size_t count, int argc, char **ar
         return 2;
     }
     directory = argv[1];
-    pthread_t first;
-    CHECK(pthread_create(&first, NULL, nothing, NULL) == 0, "no thread");
-    pthread_join(first, NULL);          /* a sanitizer starts a thread of its own along with the first one */
-    int threads = count_entries("/proc/self/task"), files = count_entries("/proc/self/fd");
-    for (int i = 0; i < 20; i++, sleep_ns(MILLISECOND))     /* a thread that was joined is in the list for a moment longer */
-        threads = MIN(threads, count_entries("/proc/self/task"));
+    int threads = tasks_at_start(), files = count_entries("/proc/self/fd");
     for (size_t i = 0; i < count; i++) {
         if (argc > 2 && !strstr(tests[i].name, argv[2]))
             continue;

@@ -98,6 +98,28 @@ __attribute__((unused)) static int count_entries(const char *directory)
     return n;
 }
 
+static inline void *thread_that_ends(void *argument) { return argument; }
+
+/* A sanitizer starts a thread of its own along with the first one. */
+__attribute__((unused)) static void start_first_thread(void)
+{
+    pthread_t first;
+    CHECK(pthread_create(&first, NULL, thread_that_ends, NULL) == 0 && pthread_join(first, NULL) == 0, "no thread");
+}
+
+/* How many threads there are before a test starts any. One that was joined is in the list for a moment longer. */
+__attribute__((unused)) static int tasks_at_start(void)
+{
+    start_first_thread();
+    int least = count_entries("/proc/self/task");
+    for (int i = 0; i < 20; i++) {
+        sleep_ns(MILLISECOND);
+        int now = count_entries("/proc/self/task");
+        least = now < least ? now : least;
+    }
+    return least;
+}
+
 /* Threads end by themselves, a little after the close that told them to: wait up to `limit` for the count to come down to `n`. */
 __attribute__((unused)) static void check_comes_down(const char *directory, int n, uint64_t limit)
 {

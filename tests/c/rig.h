@@ -323,8 +323,6 @@ static void timed_out(int signal)
     _exit(write(STDERR_FILENO, text, sizeof text - 1) < 0 ? 3 : 2);
 }
 
-static void *nothing(void *argument) { return argument; }
-
 int main(int argc, char **argv)
 {
     const char *limit = getenv("TEST_TIME_LIMIT");
@@ -336,8 +334,7 @@ int main(int argc, char **argv)
     for (struct scenario *s = scenarios; argc == 3 && s; s = s->next) {
         if (strcmp(s->name, argv[2]))
             continue;
-        pthread_t first;                /* sanitizers start a thread of their own beside the first one */
-        CHECK(!pthread_create(&first, NULL, nothing, NULL) && !pthread_join(first, NULL));
+        start_first_thread();
         directory = argv[1];
         signal(SIGALRM, timed_out);
         alarm(limit ? (unsigned)atoi(limit) : TIME_LIMIT);

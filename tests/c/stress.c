@@ -570,7 +570,6 @@ static void timed_out(int signal)
     _exit(2);
 }
 
-static void *nothing(void *argument) { return argument; }
 
 int main(int argc, char **argv)
 {
@@ -606,9 +605,7 @@ int main(int argc, char **argv)
     signal(SIGALRM, timed_out);
     alarm((unsigned)seconds * 2 + 90);
 
-    pthread_t first;                    /* sanitizers start a thread of their own beside the first one */
-    CHECK(!pthread_create(&first, NULL, nothing, NULL) && !pthread_join(first, NULL));
-    int tasks = count_entries("/proc/self/task"), files = count_entries("/proc/self/fd");
+    int tasks = tasks_at_start(), files = count_entries("/proc/self/fd");
 
     pthread_rwlockattr_t attr;
     pthread_rwlockattr_init(&attr);

@@ -233,6 +233,28 @@ static void test_writeback_begins_before_the_end(void)
     fl_image_free(target);
 }
 
+/* What is written directly is on the device, and in no page cache. */
+static void test_direct_target_needs_no_writeback(void)
+{
+    struct fake *fake = fake_new(48 * MIB, 4096, FL_DATA, true);
+    fl_image *target;
+    char path[4096];
+    snprintf(path, sizeof path, "%s/direct", directory);
+    if (fl_image_create(path, fake->size, &(fl_image_options){ .format = "raw", .writable = 1, .direct = 1 }, &target, &why)) {
+        CHECK(why.cause == EINVAL || why.code == EINVAL, "%s", why.text);
+        printf("%s has no O_DIRECT\n", directory);
+        fake_free(fake);
+        return;
+    }
+    unsigned before = atomic_load(&writebacks) + atomic_load(&drops);
+    fl_backup *job = start(fake, target, (fl_backup_options){ .workers = 2, .speed = 256 * MIB });
+    MUST(fl_backup_wait(job, 5 * SECOND, &why));
+    CHECK(atomic_load(&writebacks) + atomic_load(&drops) == before, "it is asked for all the same");
+    end(job);
+    fake_free(fake);
+    fl_image_free(target);
+}
+
 static atomic_int interrupts;
 static int interrupt(void) { return atomic_fetch_sub(&interrupts, 1) > 0; }
 
@@ -396,7 +418,8 @@ int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         TEST(speed), TEST(speed_is_kept_evenly), TEST(speed_is_not_saved_up), TEST(speed_changes_while_it_runs), TEST(cancel),
-        TEST(target_that_hangs), TEST(source_that_hangs), TEST(writeback_begins_before_the_end), TEST(interrupt), TEST(close_while_others_wait), TEST(fork),
+        TEST(target_that_hangs), TEST(source_that_hangs), TEST(writeback_begins_before_the_end), TEST(direct_target_needs_no_writeback),
+        TEST(interrupt), TEST(close_while_others_wait), TEST(fork),
         TEST(every_target_operation_fails_once), TEST(first_failure_wins), TEST(snapshot_that_is_closed_or_breaks),
     };
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
