@@ -136,24 +136,8 @@ static inline void end_within(fl_backup *job, uint64_t limit)
 
 static inline void end(fl_backup *job) { end_within(job, 500 * MILLISECOND); }
 
-static inline void eventually(bool (*true_of)(void *), void *what, const char *name)
-{
-    for (uint64_t deadline = clock_ns() + 5 * SECOND; !true_of(what); sleep_ns(MILLISECOND))
-        CHECK(clock_ns() < deadline, "never: %s", name);
-}
-
 static inline bool fault_hangs(void *image) { return fl_fault_hanging(image) > 0; }
 static inline bool fake_hangs(void *fake) { return fake_hanging(fake) > 0; }
-
-/* A worker that hung lets go of the snapshot a little after its system call came back. */
-static inline bool fake_is_let_go(void *argument)
-{
-    struct fake *fake = argument;
-    pthread_mutex_lock(&fake->lock);
-    bool let_go = fake->references == 1;
-    pthread_mutex_unlock(&fake->lock);
-    return let_go;
-}
 
 /* `got` is what a range of this kind must come to; `other` is what is there if it is neither data nor zeros. */
 static inline void check_bytes(const struct fake *fake, int kind, const uint8_t *got, uint64_t length, uint64_t offset, uint8_t other)
