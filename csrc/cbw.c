@@ -416,7 +416,7 @@ static int take_room(struct saving *saving, struct attempt *attempt, fl_error *e
 {
     fl_snapshot *snapshot = saving->snapshot;
     uint32_t none = 0, *credit = attempt->store == snapshot->store ? &attempt->credit : &none;
-    if (!saving->count || store_take(snapshot->store, saving->count, credit, saving->slots) == 0)
+    if (!saving->count || store_take(snapshot->store, saving->first, saving->count, credit, saving->slots) == 0)
         return 0;
     if (!attempt->discard && (attempt->waited >= snapshot->cbw_timeout || store_stalled(snapshot->store)))
         return no_room(saving, attempt->waited, error);

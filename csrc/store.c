@@ -84,7 +84,7 @@ uint32_t store_slots(const struct store *store) { return store->slots_count; }
 
 char *store_memory(const struct store *store, uint32_t slot) { return store->memory + ((size_t)slot << store->shift); }
 
-int store_take(struct store *store, uint32_t count, uint32_t *credit, uint32_t *slots)
+int store_take(struct store *store, uint64_t first, uint32_t count, uint32_t *credit, uint32_t *slots)
 {
     int rc = -EAGAIN;
     pthread_mutex_lock(&store->lock);
@@ -103,6 +103,9 @@ int store_take(struct store *store, uint32_t count, uint32_t *credit, uint32_t *
         store->slots[i].state = SLOT_TAKEN;
         slots[n] = i;
     }
+    map_expect(&store->map, first);
+    if (touch_due(store))
+        wake_spiller(store);
     rc = 0;
 out:
     pthread_mutex_unlock(&store->lock);
@@ -378,6 +381,7 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->shift = (uint32_t)__builtin_ctz(options->cluster_size);
     store->slots_count = (uint32_t)MIN(options->stage_size >> store->shift, PLACE_MOST_SLOTS);
     uint32_t batch = options->fleecing && options->fleecing->direct ? DIRECT_BATCH_BYTES : BATCH_BYTES;
+    store->touch_step = MAX(1u, TOUCH_BYTES >> store->shift);
     store->batch = MAX(1u, MIN(MIN(BATCH_SLOTS, batch >> store->shift), store->slots_count / 4));
     store->spill_above = store->slots_count / 2 + store->slots_count / 4;
     store->spill_down_to = store->slots_count / 2;

@@ -30,9 +30,9 @@ void store_abort(struct store *store);
 uint32_t store_slots(const struct store *store);        /* clusters that fit into the stage */
 char *store_memory(const struct store *store, uint32_t slot);
 
-/* Take `count` slots of the stage, or none: -EAGAIN when there is no room. `credit` counts slots that store_wait reserved for this caller; what is
+/* Take `count` slots of the stage for clusters from `first` on, or none: -EAGAIN when there is no room. `credit` counts slots that store_wait reserved for this caller; what is
    used of it is subtracted. */
-int store_take(struct store *store, uint32_t count, uint32_t *credit, uint32_t *slots);
+int store_take(struct store *store, uint64_t first, uint32_t count, uint32_t *credit, uint32_t *slots);
 void store_give_back(struct store *store, const uint32_t *slots, uint32_t count);       /* unpublished ones */
 void store_return_credit(struct store *store, uint32_t *credit);
 /* Wait, first come first served, until `count` slots are reserved for the caller: adds them to `credit`. -ETIMEDOUT at `deadline`, or at once when

@@ -39,6 +39,7 @@ struct store {
     uint32_t cluster_size, shift;
     uint32_t slots_count;
     uint32_t batch;             /* slots that one spill writes at most */
+    uint32_t touch_step;        /* slots whose memory is touched at once */
     uint32_t spill_above, spill_down_to;        /* slots in use */
     uint32_t hot_from;          /* from so many on a backup had better copy the oldest ones next */
     char *memory;
@@ -58,6 +59,7 @@ struct store {
 
     struct slot *slots;
     uint32_t free_head, fresh;  /* the free list, and the slots from `fresh` on, which were never used */
+    uint32_t touched;           /* the memory of the slots below is there; a multiple of touch_step, or all */
     uint32_t in_use, reserved;  /* reserved: promised to writers that waited */
     uint32_t oldest, newest, staged;    /* the STAGED ones, by age */
     uint32_t spilling;
@@ -88,6 +90,14 @@ static inline void wake_spiller(struct store *store)
 {
     if (store->spiller_sleeps)
         pthread_cond_signal(&store->work);
+}
+
+/* The first use of a page is a fault, which costs several times the copy of a cluster. So the spiller has the next ones touched before a writer gets to
+   them, from the first save on, and not much further than is needed. */
+#define TOUCH_BYTES (1u << 20)
+static inline bool touch_due(const struct store *store)
+{
+    return store->fresh && store->touched < store->slots_count && store->touched < (uint64_t)store->fresh + store->touch_step;
 }
 
 /* store_spill.c */

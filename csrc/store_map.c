@@ -75,6 +75,13 @@ uint64_t map_get(const struct map *map, uint64_t cluster)
     return table->size ? table->entries[find(map, table, cluster)].place : PLACE_NONE;
 }
 
+void map_expect(const struct map *map, uint64_t cluster)
+{
+    const struct map_table *table = table_of(map, cluster);
+    if (table->size)
+        __builtin_prefetch(&table->entries[home(map, cluster, table->size)], 1);
+}
+
 int map_put(struct map *map, uint64_t cluster, uint64_t place)
 {
     struct map_table *table = (struct map_table *)table_of(map, cluster);

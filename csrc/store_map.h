@@ -29,6 +29,7 @@ struct map {
 void map_init(struct map *map);
 void map_destroy(struct map *map);              /* forgets everything; the map is empty and usable */
 uint64_t map_get(const struct map *map, uint64_t cluster);
+void map_expect(const struct map *map, uint64_t cluster);   /* it is looked up soon: its entry is brought into the cache */
 int map_put(struct map *map, uint64_t cluster, uint64_t place);         /* adds or replaces; -ENOMEM only when it adds */
 uint64_t map_remove(struct map *map, uint64_t cluster);                 /* the place it had, or PLACE_NONE */
 

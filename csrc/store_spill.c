@@ -14,7 +14,11 @@
 #include "store_internal.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23          /* in older headers; Linux 5.14 */
+#endif
 #define PUNCH_BYTES (8u << 20)          /* punch when as much has been freed, or an eighth of the file, whatever is more */
 #define PUNCH_SCAN 262144u              /* slots looked at in one hold of the lock */
 #define PUNCH_RUN (64u << 10)           /* shorter stale runs stay for use again */
@@ -179,6 +183,8 @@ static void spill_end(struct store *store, const struct batch *batch, int rc)
     bool stalled = store->stalled;
     store->spilling -= batch->count;
     store->spill_began = 0;
+    for (uint32_t n = 0; n < batch->count; n++)
+        map_expect(&store->map, store->slots[batch->slots[n]].cluster);
     for (uint32_t n = batch->count; n--;) {
         uint32_t i = batch->slots[n];
         struct slot *slot = &store->slots[i];
@@ -283,6 +289,20 @@ static void dismantle(struct store *store)
     pthread_mutex_lock(&store->lock);
 }
 
+/* ---- memory ---- */
+
+/* Touch the memory of the next slots. Nothing in it changes, so writers may use it meanwhile. The lock is let go of. */
+static void touch(struct store *store)
+{
+    uint32_t from = MAX(store->touched, store->fresh & ~(store->touch_step - 1)), count = MIN(store->touch_step, store->slots_count - from);
+    store->touched = from + count;
+    pthread_mutex_unlock(&store->lock);
+    bool done = madvise(store_memory(store, from), (size_t)count << store->shift, MADV_POPULATE_WRITE) == 0;
+    pthread_mutex_lock(&store->lock);
+    if (!done)
+        store->touched = store->slots_count;    /* Linux before 5.14, or no memory: each writer has its own faults */
+}
+
 /* ---- the thread ---- */
 
 /* Spilling starts when the stage is more than three quarters full, and goes on until half is left; or while a writer waits for room. Long before,
@@ -307,6 +327,8 @@ static void *spiller(void *argument)
         uint64_t now = store->retry_at ? now_ns() : 0;  /* one look at the clock decides both whether to spill and how long to sleep */
         if (store->aborted && !store->dismantled) {
             dismantle(store);
+        } else if (!store->aborted && touch_due(store)) {
+            touch(store);
         } else if (!store->aborted && spill_due(store, now)) {
             spill(store, &batch);
         } else if (!store->aborted && punch_due(store)) {

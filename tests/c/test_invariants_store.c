@@ -3,7 +3,10 @@
  * Scenarios as rig.h describes them. tests/mutants.py breaks the engine line by line and names the scenario that notices.
  */
 #define _GNU_SOURCE
+#include <sys/mman.h>
+
 #include "rig.h"
+#include "store.h"
 
 /* ---- I5: a place in the store is used again only when nobody has it pinned and nothing points at it ---- */
 
@@ -188,5 +191,45 @@ TEST(i5_punch_spares_what_is_in_use)
     for (uint64_t c = 2680; c + 20 <= FIRST; c += 200)
         check_old(s, 20 * CLUSTER, c * CLUSTER);
     end(s);
+    rig_free(&r);
+}
+
+/* ---- memory ---- */
+
+/* How many pages of these slots have memory behind them. */
+static size_t pages_there(const struct store *store, uint32_t first, uint32_t count)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = count * CLUSTER / page, there = 0;
+    unsigned char *seen = malloc(pages);
+    CHECK(seen && mincore(store_memory(store, first), count * CLUSTER, seen) == 0, "mincore");
+    for (size_t i = 0; i < pages; i++)
+        there += seen[i] & 1;
+    free(seen);
+    return there * page / CLUSTER;
+}
+
+/* A stage costs nothing before the first save. From then on the next MiB is there before writers get to it, and little more. */
+TEST(stage_is_touched_ahead_of_writers)
+{
+    enum { MIB = 256 };                 /* slots */
+    struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
+    struct store_options options = { .cluster_size = CLUSTER, .stage_size = 16 * MIB * CLUSTER, .fleecing = r.fleecing };
+    struct store *store;
+    uint32_t none = 0, slots[MIB];
+    MUST(store_create(&options, &store, &why));
+    sleep_ns(20 * MILLISECOND);
+    CHECK(pages_there(store, 0, 16 * MIB) == 0, "an idle stage has memory");
+    void *page = mmap(NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    bool populates = madvise(page, 65536, MADV_POPULATE_WRITE) == 0;    /* Linux 5.14 */
+    munmap(page, 65536);
+    for (uint32_t next = MIB; populates && next < 16 * MIB; next += MIB) {
+        CHECK(store_take(store, next - MIB, MIB, &none, slots) == 0, "no room");
+        for (uint64_t deadline = clock_ns() + 5 * SECOND; pages_there(store, next, MIB) < MIB; sleep_ns(MILLISECOND))
+            CHECK(clock_ns() < deadline, "of the slots from %u on only %zu are there", next, pages_there(store, next, MIB));
+        if (next + MIB < 16 * MIB)
+            CHECK(pages_there(store, next + MIB, 15 * MIB - next) == 0, "more than is needed");
+    }
+    store_close(store);
+    store_unref(store);
     rig_free(&r);
 }
