@@ -390,7 +390,7 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->free_head = store->oldest = store->newest = NO_SLOT;
     store->last_waiter = &store->first_waiter;
     map_init(&store->map);
-    if ((rc = -pthread_mutex_init(&store->lock, NULL)) || (rc = cond_init(&store->work)) || (rc = cond_init(&store->ended))) {
+    if ((rc = mutex_init_spinning(&store->lock)) || (rc = cond_init(&store->work)) || (rc = cond_init(&store->ended))) {
         free(store);
         return fail(error, -rc, FL_SIDE_NONE, 0, 0, "cannot make the locks of a snapshot");
     }

@@ -56,6 +56,20 @@ int fail(fl_error *error, int code, int side, uint64_t offset, uint64_t length, 
     return -code;
 }
 
+int mutex_init_spinning(pthread_mutex_t *mutex)
+{
+    pthread_mutexattr_t attr;
+    int rc = pthread_mutexattr_init(&attr);
+    if (rc)
+        return -rc;
+#ifdef __GLIBC__
+    pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_ADAPTIVE_NP);
+#endif
+    rc = pthread_mutex_init(mutex, &attr);
+    pthread_mutexattr_destroy(&attr);
+    return -rc;
+}
+
 int cond_init(pthread_cond_t *cond)
 {
     pthread_condattr_t attr;

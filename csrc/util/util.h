@@ -53,8 +53,11 @@ static inline void full_fence(void) { atomic_thread_fence(memory_order_seq_cst);
 int fail(fl_error *error, int code, int side, uint64_t offset, uint64_t length, const char *format, ...)
     __attribute__((format(printf, 6, 7)));
 
-/* CLOCK_MONOTONIC condition variables: all timed waits of the project use these. */
 #include <pthread.h>
+/* A mutex that is held for less time than it takes to sleep and be woken: who finds it locked spins for a moment first, where the
+   C library can (glibc; elsewhere it is the plain sort). */
+int mutex_init_spinning(pthread_mutex_t *mutex);
+/* CLOCK_MONOTONIC condition variables: all timed waits of the project use these. */
 int cond_init(pthread_cond_t *cond);
 /* Wait until signalled or until `deadline` (now_ns time). false: it passed. The caller checks its predicate either way. */
 bool cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline);
