@@ -256,7 +256,7 @@ int store_publish(struct store *store, uint64_t first, const uint32_t *slots, ui
         stage_append(store, slots[n]);
     }
     store->stats.staged_peak = MAX(store->stats.staged_peak, (uint64_t)(store->staged + store->spilling) << store->shift);
-    if (store->staged > store->spill_above)
+    if (store->staged > store->spill_above || store->first_waiter)      /* who waited before there was anything to spill waits for this */
         wake_spiller(store);
 out:
     pthread_mutex_unlock(&store->lock);

@@ -571,6 +571,13 @@ MUTANTS = [
     ),
     # ---- I7: nobody waits for a reader, every wait of a writer ends ----
     _mutant(
+        "i7_publishing_wakes_nobody_for_a_waiter",
+        "store.c",
+        "    if (store->staged > store->spill_above || store->first_waiter) ",
+        "    if (store->staged > store->spill_above) ",
+        "i7_room_from_what_is_published_later",
+    ),
+    _mutant(
         "i7_waits_for_room_inside_the_gate",
         "cbw.c",
         "        gate_leave(&disk->writes);\n        if (wait && attempt.inside_life)\n"

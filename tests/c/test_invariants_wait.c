@@ -135,6 +135,31 @@ static fl_snapshot *cut_and_fill(struct rig *r, int policy)
     return s;
 }
 
+/* A writer that waits while there is nothing to spill yet, as others still read what they save: it has its room when they have. */
+TEST(i7_room_from_what_is_published_later)
+{
+    struct rig r = rig_new(64 * CLUSTER, 64 * CLUSTER);
+    r.options.stage_size = 4 * CLUSTER;
+    r.options.cbw_timeout = 60 * SECOND;
+    fl_snapshot *s = cut(&r);
+    struct call *savers[3];
+    for (int n = 0; n < 3; n++) {
+        hang_next(r.source, FL_OP_READ, 0, 0);
+        savers[n] = start(WRITE, &r, CLUSTER, (uint64_t)n * CLUSTER);
+        wait_hanging(r.source, n + 1);
+    }
+    struct call *waiter = start(WRITE, &r, 2 * CLUSTER, 8 * CLUSTER);
+    WAIT_FOR_STATS(s, now.room_waits == 1);
+    sleep_ns(20 * MILLISECOND);         /* the thread that spills has looked, and sleeps */
+    fl_fault_resume(r.source);
+    for (int n = 0; n < 3; n++)
+        finish(savers[n], 0);
+    finish(waiter, 0);
+    check_old(s, 64 * CLUSTER, 0);
+    end(s);
+    rig_free(&r);
+}
+
 /* A call that waited until the timeout, or until another one's that began `before` it: its error, and that it took as long as it may. */
 static fl_error finish_timed_out(struct call *c, int code, uint64_t before)
 {
