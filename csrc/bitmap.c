@@ -111,6 +111,13 @@ uint64_t bitmap_next_clear(const struct bitmap *bitmap, uint64_t from, uint64_t 
     return next_other(bitmap, from, end, true);
 }
 
+uint64_t bitmap_run(const struct bitmap *bitmap, uint64_t from, uint64_t end, bool *set)
+{
+    uint64_t next = bitmap_next_set(bitmap, from, end);
+    *set = next == from;
+    return *set ? bitmap_next_clear(bitmap, from + 1, end) : next;
+}
+
 uint64_t bitmap_count(const struct bitmap *bitmap)
 {
     uint64_t count = 0, bit = 0;

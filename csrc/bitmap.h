@@ -40,6 +40,9 @@ static inline uint64_t bitmap_pages(uint64_t bits) { return div_up(MAX(bits, 1),
 /* The first set (clear) bit in [from, end), else end. */
 uint64_t bitmap_next_set(const struct bitmap *bitmap, uint64_t from, uint64_t end);
 uint64_t bitmap_next_clear(const struct bitmap *bitmap, uint64_t from, uint64_t end);
+/* Where the run of bits that are like bit `from` ends (at most `end`, which is behind `from`), and whether they are set. Never empty, although others set
+   bits meanwhile: a bit is looked at once. Who tests a bit and then asks where the next other one is may be told that it is this one. */
+uint64_t bitmap_run(const struct bitmap *bitmap, uint64_t from, uint64_t end, bool *set);
 uint64_t bitmap_count(const struct bitmap *bitmap);
 /* Set in `to` all that is set in `from`; both have the same number of bits. */
 void bitmap_merge(struct bitmap *to, const struct bitmap *from);

@@ -402,9 +402,8 @@ int fl_disk_bitmap_extents(fl_disk *disk, const char *name, uint64_t offset, uin
                                 (unsigned long long)length, (unsigned long long)offset, (unsigned long long)disk->size));
     for (uint64_t end = offset + length; offset < end && count < max; count++) {
         uint64_t bit = offset >> dirty->shift, last = ((end - 1) >> dirty->shift) + 1;
-        bool set = bitmap_test(&dirty->bits, bit);
-        uint64_t next = set ? bitmap_next_clear(&dirty->bits, bit, last) : bitmap_next_set(&dirty->bits, bit, last);
-        uint64_t until = MIN(end, next << dirty->shift);
+        bool set;
+        uint64_t until = MIN(end, bitmap_run(&dirty->bits, bit, last, &set) << dirty->shift);
         extents[count] = (fl_extent){ offset, until - offset, set ? FL_DATA : FL_OUTSIDE };
         offset = until;
     }

@@ -28,15 +28,8 @@ static uint64_t next_inside(const fl_snapshot *snapshot, uint64_t from, uint64_t
     return found > last ? end : MAX(from, found << shift);
 }
 
-/* Where the run of clusters whose bit in `bitmap` is like cluster's ends. */
-static uint64_t run_end(const struct bitmap *bitmap, uint64_t cluster, uint64_t end, bool *set)
-{
-    *set = bitmap_test(bitmap, cluster);
-    return *set ? bitmap_next_clear(bitmap, cluster, end) : bitmap_next_set(bitmap, cluster, end);
-}
-
-/* The state of `cluster`, and up to where (at most `*end`) its neighbours are in the same one. A look at a moment: it may have moved on. `by_bitmap`: what is
-   outside of the frozen bitmap is OUTSIDE, whatever became of it. */
+/* The state of `cluster`, and up to where (at most `*end`, but always behind `cluster`) its neighbours are in the same one. A look at a moment: it may have
+   moved on. `by_bitmap`: what is outside of the frozen bitmap is OUTSIDE, whatever became of it. */
 static enum cluster_state look(const fl_snapshot *snapshot, bool by_bitmap, uint64_t cluster, uint64_t *end)
 {
     bool set;
@@ -48,16 +41,16 @@ static enum cluster_state look(const fl_snapshot *snapshot, bool by_bitmap, uint
         }
         *end = next_inside(snapshot, cluster, *end, false);
     }
-    *end = run_end(&snapshot->released, cluster, *end, &set);
+    *end = bitmap_run(&snapshot->released, cluster, *end, &set);
     if (set)
         return RELEASED;
-    *end = run_end(&snapshot->lost, cluster, *end, &set);
+    *end = bitmap_run(&snapshot->lost, cluster, *end, &set);
     if (set)
         return LOST;
-    *end = run_end(&snapshot->saved, cluster, *end, &set);      /* acquires `zero`, which is set before it */
+    *end = bitmap_run(&snapshot->saved, cluster, *end, &set);   /* acquires `zero`, which is set before it */
     if (!set)
         return UNSAVED;
-    *end = run_end(&snapshot->zero, cluster, *end, &set);
+    *end = bitmap_run(&snapshot->zero, cluster, *end, &set);
     return set ? SAVED_ZERO : SAVED;
 }
 

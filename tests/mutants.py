@@ -161,6 +161,13 @@ MUTANTS = [
         "i3_long_read_of_which_a_part_is_saved_meanwhile",
     ),
     _mutant(
+        "i3_tests_a_bit_and_then_asks_where_the_next_one_is",
+        "bitmap.c",
+        "    uint64_t next = bitmap_next_set(bitmap, from, end);\n    *set = next == from;\n",
+        "    *set = bitmap_test(bitmap, from);\n    uint64_t next = bitmap_next_set(bitmap, from, end);\n",
+        "i3_looked_at_while_it_is_saved",
+    ),
+    _mutant(
         "i3_does_not_look_at_released",
         "snapshot.c",
         "    if ((found = bitmap_next_set(&snapshot->released, first, end)) < end)\n",

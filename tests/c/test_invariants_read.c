@@ -233,3 +233,57 @@ TEST(i4_saved_is_not_lost_by_a_failure_beside_it)
     end(s);
     rig_free(&r);
 }
+
+/* ---- clusters looked at in the very moment in which they are saved ---- */
+
+struct one_by_one {
+    struct rig *rig;
+    uint64_t clusters;
+    _Atomic uint64_t written;           /* clusters */
+};
+
+static void *write_one_by_one(void *argument)
+{
+    struct one_by_one *w = argument;
+    for (uint64_t i = 0; i < w->clusters; i++) {
+        MUST(fl_disk_pwrite(w->rig->disk, &(char){ (char)NEW }, 1, i * CLUSTER, &why));
+        atomic_store(&w->written, i + 1);
+    }
+    return NULL;
+}
+
+/* Whatever is being saved, a look at a cluster tells of it: a read ends and has the old data, and extents are never empty. */
+TEST(i3_looked_at_while_it_is_saved)
+{
+    struct rig r = rig_new(4096 * CLUSTER, 0);
+    struct one_by_one writer = { &r, 4096, 0 };
+    MUST(fl_disk_bitmap_add(r.disk, "b", CLUSTER, &why));
+    r.options.stage_size = r.size;
+    fl_snapshot *s = cut(&r);
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, NULL, write_one_by_one, &writer));
+    uint64_t turn = 0;
+    for (uint64_t at; (at = atomic_load(&writer.written)) < writer.clusters; turn++)
+        while (atomic_load(&writer.written) == at) {
+            uint64_t offset = at * CLUSTER;
+            fl_extent extents[4];
+            size_t found = 0;
+            switch (turn % 3) {
+            case 0:
+                MUST(fl_snapshot_extents(s, offset, CLUSTER, extents, 4, &found, &why));
+                CHECK(found == 1 && extents[0].offset == offset && extents[0].length == CLUSTER, "%zu extents, of %" PRIu64 " bytes", found,
+                      extents[0].length);
+                break;
+            case 1:
+                MUST(fl_disk_bitmap_extents(r.disk, "b", offset, CLUSTER, extents, 4, &found, &why));
+                CHECK(found == 1 && extents[0].length == CLUSTER, "%zu extents, of %" PRIu64 " bytes", found, extents[0].length);
+                break;
+            default:
+                check_old(s, 1, offset);
+            }
+        }
+    CHECK(!pthread_join(thread, NULL));
+    check_old(s, r.size, 0);
+    end(s);
+    rig_free(&r);
+}
