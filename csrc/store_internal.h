@@ -58,7 +58,8 @@ struct store {
     uint32_t file_readers;      /* readers that use `fleecing`, perhaps for ever */
 
     struct slot *slots;
-    uint32_t free_head, fresh;  /* the free list, and the slots from `fresh` on, which were never used */
+    uint32_t free_head, free_tail;      /* the free list: taken from the head; see slot_free */
+    uint32_t fresh;             /* the slots from here on were never used, and are not in the list */
     uint32_t touched;           /* the memory of the slots below is there; a multiple of touch_step, or all */
     uint32_t in_use, reserved;  /* reserved: promised to writers that waited */
     uint32_t oldest, newest, staged;    /* the STAGED ones, by age */
@@ -81,7 +82,7 @@ struct store {
 };
 
 /* store.c, under the lock */
-void slot_free(struct store *store, uint32_t slot);     /* to the free list, and to whoever waits for room */
+void slot_free(struct store *store, uint32_t slot);     /* to the end of the free list, and to whoever waits for room */
 void slot_unpin(struct store *store, uint32_t slot);
 void stage_unlink(struct store *store, uint32_t slot);
 void slot_drop(struct store *store, uint32_t slot);     /* nothing points at it any more: free it, now or with its last pin */

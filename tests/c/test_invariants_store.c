@@ -233,3 +233,35 @@ TEST(stage_is_touched_ahead_of_writers)
     store_unref(store);
     rig_free(&r);
 }
+
+/* Memory that a spill or a backup has read is used again last, memory that only its writer has used first; and before half of the stage is in use, none that
+   was never used is taken while other is free. */
+TEST(slots_are_used_again_in_order)
+{
+    enum { SLOTS = 16 };
+    struct store_options options = { .cluster_size = CLUSTER, .stage_size = SLOTS * CLUSTER };
+    struct store *store;
+    uint32_t slots[SLOTS], given[2], credit = 0, one;
+    MUST(store_create(&options, &store, &why));
+    CHECK(store_take(store, 0, 6, &credit, slots) == 0);
+    CHECK(store_publish(store, 0, slots, 6) == 0);
+    store_free(store, 4, 1);
+    store_free(store, 1, 2);
+    const uint32_t freed[3] = { slots[4], slots[1], slots[2] };
+    CHECK(store_take(store, 100, 1, &credit, given) == 0 && given[0] == freed[0], "not what was freed first");
+    store_give_back(store, given, 1);
+    CHECK(store_take(store, 100, 2, &credit, given) == 0 && given[0] == freed[0] && given[1] == freed[1], "not what was given back, then in order");
+    store_give_back(store, given, 2);
+    CHECK(store_take(store, 100, 2, &credit, given) == 0 && given[0] == freed[0] && given[1] == freed[1], "given back, the order is lost");
+    CHECK(store_publish(store, 100, given, 2) == 0);
+    CHECK(store_take(store, 200, 1, &credit, &one) == 0 && one == freed[2], "not the last one of the list");
+    CHECK(store_take(store, 201, 4, &credit, slots + 6) == 0 && store_publish(store, 201, slots + 6, 4) == 0);
+    /* Ten are in use. One that is freed waits now until all of the memory was used once. */
+    store_free(store, 203, 1);
+    for (uint32_t used = 10; used < SLOTS; used++)
+        CHECK(store_take(store, 300 + used, 1, &credit, &one) == 0 && one == used, "%u, and not the %uth of those never used", one, used);
+    CHECK(store_take(store, 400, 1, &credit, &one) == 0 && one == slots[8], "not the one that was freed");
+    CHECK(store_take(store, 401, 1, &credit, &one) == -EAGAIN, "more slots than there are");
+    store_close(store);
+    store_unref(store);
+}
