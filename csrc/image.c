@@ -187,7 +187,9 @@ int image_read(fl_image *image, void *buffer, size_t length, uint64_t offset, fl
 int image_write(fl_image *image, const void *buffer, size_t length, uint64_t offset, fl_error *error)
 {
     struct iovec iov = { (void *)(uintptr_t)buffer, length };
-    return image_writev(image, &iov, 1, offset, error);
+    if (LIKELY(buffer && length && image->writable && !image->inspect && in_range(length, offset, image->size)))
+        return image->ops->writev(image, &iov, 1, offset, length, error);
+    return image_writev(image, &iov, 1, offset, error);         /* says what is wrong */
 }
 
 int image_zero(fl_image *image, uint64_t count, uint64_t offset, fl_error *error)

@@ -43,22 +43,9 @@ void iov_advance(struct iov_cursor *cursor, size_t bytes)
 
 /* ---- transfers ---- */
 
-typedef ssize_t transfer_fn(int fd, const struct iovec *iov, int count, off_t offset);
-
-/* The kernel need not fetch and check a vector of one: 0.05 us of a small transfer's 1.5. */
-static ssize_t read_some(int fd, const struct iovec *iov, int count, off_t offset)
-{
-    return count == 1 ? pread(fd, iov->iov_base, iov->iov_len, offset) : preadv(fd, iov, count, offset);
-}
-
-static ssize_t write_some(int fd, const struct iovec *iov, int count, off_t offset)
-{
-    return count == 1 ? pwrite(fd, iov->iov_base, iov->iov_len, offset) : pwritev(fd, iov, count, offset);
-}
-
-/* One system call's worth. A vector that fits is passed as it is; one that was entered in the middle, has more bytes than are wanted, or
-   begins with nothing but empty entries, is copied in part. Returns what moved, or -errno. */
-static ssize_t transfer_some(transfer_fn *transfer, int fd, const struct iov_cursor *cursor, uint64_t offset, size_t length)
+/* One system call's worth of a vector. One that fits is passed as it is; one that was entered in the middle, has more bytes than are wanted, or
+   begins with nothing but empty entries, is copied in part. Returns what moved; -1: see errno. */
+static ssize_t transfer_vector(bool write, int fd, const struct iov_cursor *cursor, uint64_t offset, size_t length)
 {
     struct iovec copy[64];
     const struct iovec *iov = cursor->iov;
@@ -70,9 +57,21 @@ static ssize_t transfer_some(transfer_fn *transfer, int fd, const struct iov_cur
         count = iov_next(cursor, length, copy, 64, &sum);
         iov = copy;
     }
+    return write ? pwritev(fd, iov, count, (off_t)offset) : preadv(fd, iov, count, (off_t)offset);
+}
+
+/* One system call's worth, or -errno. Nearly all transfers are of one buffer, and to a small one each call and each line of code on the way shows: the
+   kernel's own share of a write is all that comes between two uses of it. */
+static inline ssize_t transfer_some(bool write, int fd, const struct iov_cursor *cursor, uint64_t offset, size_t length)
+{
     ssize_t n;
     do {
-        n = transfer(fd, iov, count, (off_t)offset);
+        if (LIKELY(cursor->count == 1)) {
+            char *from = (char *)cursor->iov->iov_base + cursor->skip;
+            n = write ? pwrite(fd, from, length, (off_t)offset) : pread(fd, from, length, (off_t)offset);
+        } else {
+            n = transfer_vector(write, fd, cursor, offset, length);
+        }
     } while (n < 0 && errno == EINTR);
     return n < 0 ? -errno : n;
 }
@@ -81,7 +80,7 @@ int io_read_all(int fd, struct iov_cursor *cursor, uint64_t offset, size_t lengt
 {
     *done = 0;
     while (*done < length) {
-        ssize_t n = transfer_some(read_some, fd, cursor, offset + *done, length - *done);
+        ssize_t n = transfer_some(false, fd, cursor, offset + *done, length - *done);
         if (n < 0)
             return (int)n;
         if (n == 0)
@@ -96,7 +95,7 @@ int io_write_all(int fd, struct iov_cursor *cursor, uint64_t offset, size_t leng
 {
     size_t done = 0;
     while (done < length) {
-        ssize_t n = transfer_some(write_some, fd, cursor, offset + done, length - done);
+        ssize_t n = transfer_some(true, fd, cursor, offset + done, length - done);
         if (n < 0)
             return (int)n;
         if (n == 0)
