@@ -4,7 +4,9 @@
  *
  * FILE is made, and removed. Each round runs, on the same file and over the same offsets:
  *   idle    fl_disk_pwrite with no snapshot alive, and plain_idle, a pwrite, beside it: SLICE writes of one, then of the other, in turn
+ *   read    pread the cluster into the same memory each time, pwrite: the least that any copy-before-write can do in the writer's thread
  *   bare    pread the cluster, pwrite it to a scratch file, pwrite: copy-before-write in the writer's thread, with no bookkeeping at all
+ *   bare_two  the same by two threads, each with half of the offsets and a scratch file of its own
  *   first   fl_disk_pwrite right after a cut: every cluster is touched for the first time
  *   again   the same writes once more: every cluster was saved before; and plain_again, a pwrite, beside it, as above
  * and prints a line of JSON with the writes per second of each. `plain` is that of all plain writes, before `first` and after. Nobody syncs; all are
@@ -12,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -92,21 +95,47 @@ static struct beside beside(const struct run *run, int fd, fl_disk *disk)
     return took;
 }
 
-static double bare(const struct run *run, int fd, int scratch, size_t cluster)
+/* A thread's share of the bare loops. */
+struct bare { const struct run *run; size_t first, end; int fd, scratch; size_t cluster; };
+
+static void *bare_loop(void *argument)
 {
-    size_t whole = run->size > cluster ? run->size : cluster;
+    const struct bare *bare = argument;
+    const struct run *run = bare->run;
+    size_t whole = run->size > bare->cluster ? run->size : bare->cluster;
     char *old = malloc(whole);
     uint64_t end = 0;
-    double start = seconds();
-    for (size_t i = 0; i < run->count; i++, end += whole) {
-        uint64_t first = run->offsets[i] / cluster * cluster;
-        check_io(pread(fd, old, whole, (off_t)first), whole, "pread");
-        check_io(pwrite(scratch, old, whole, (off_t)end), whole, "pwrite");
-        check_io(pwrite(fd, run->data, run->size, (off_t)run->offsets[i]), run->size, "pwrite");
+    for (size_t i = bare->first; i < bare->end; i++, end += whole) {
+        uint64_t first = run->offsets[i] / bare->cluster * bare->cluster;
+        check_io(pread(bare->fd, old, whole, (off_t)first), whole, "pread");
+        if (bare->scratch >= 0)
+            check_io(pwrite(bare->scratch, old, whole, (off_t)end), whole, "pwrite");
+        check_io(pwrite(bare->fd, run->data, run->size, (off_t)run->offsets[i]), run->size, "pwrite");
     }
-    double rate = (double)run->count / (seconds() - start);
     free(old);
-    return rate;
+    return NULL;
+}
+
+/* Writes per second of as many threads as there are scratch files, which are emptied before; -1: nothing is saved. */
+static double bare(const struct run *run, int fd, const int *scratch, size_t threads, size_t cluster)
+{
+    struct bare share[2];
+    pthread_t thread[2];
+    for (size_t i = 0; i < threads; i++) {
+        share[i] = (struct bare){ run, run->count * i / threads, run->count * (i + 1) / threads, fd, scratch[i], cluster };
+        if (scratch[i] >= 0 && ftruncate(scratch[i], 0) != 0)
+            perror("ftruncate");
+    }
+    warm_memory();
+    double start = seconds();
+    for (size_t i = 0; i < threads; i++)
+        if (pthread_create(&thread[i], NULL, bare_loop, &share[i]) != 0) {
+            fprintf(stderr, "no thread\n");
+            exit(1);
+        }
+    for (size_t i = 0; i < threads; i++)
+        pthread_join(thread[i], NULL);
+    return (double)run->count / (seconds() - start);
 }
 
 static double ours(const struct run *run, fl_disk *disk)
@@ -140,8 +169,10 @@ int main(int argc, char **argv)
     for (uint64_t at = 0; at < size; at += MAX_DATA)
         check(fl_image_pwrite(image, data, MAX_DATA, at, &error), "fill", &error);
     check(fl_disk_open(image, &disk, &error), "disk", &error);
-    int fd = open(path, O_RDWR | O_CLOEXEC), scratch = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0 || scratch < 0) {
+    int fd = open(path, O_RDWR | O_CLOEXEC), scratch[2];
+    for (int i = 0; i < 2; i++)
+        scratch[i] = open(dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0 || scratch[0] < 0 || scratch[1] < 0) {
         perror("open");
         return 1;
     }
@@ -158,13 +189,14 @@ int main(int argc, char **argv)
 
     for (int round = 0, rounds = atoi(argv[8]); round < rounds; round++) {
         struct beside idle = beside(&run, fd, disk);
-        warm_memory();
-        double rate_bare = bare(&run, fd, scratch, cluster);
+        double rate_read = bare(&run, fd, (int[]){ -1 }, 1, cluster), rate_bare = bare(&run, fd, scratch, 1, cluster);
+        double rate_two = bare(&run, fd, scratch, 2, cluster);
         fl_image *fleecing;
         fl_snapshot *snapshot;
         fl_stats stats;
-        if (ftruncate(scratch, 0) != 0)
-            perror("ftruncate");
+        for (int i = 0; i < 2; i++)
+            if (ftruncate(scratch[i], 0) != 0)
+                perror("ftruncate");
         check(fl_image_create_nameless(dir, UINT64_C(1) << 40, &fleecing, &error), "fleecing", &error);
         fl_snapshot_options cut = { .cluster_size = (uint32_t)cluster, .cbw_timeout = UINT64_C(45000000000), .stage_size = stage, .fleecing = fleecing };
         check(fl_snapshot_cut(&disk, &cut, 1, &snapshot, &error), "cut", &error);
@@ -173,9 +205,9 @@ int main(int argc, char **argv)
         struct beside again = beside(&run, fd, disk);
         double count = (double)run.count;
         check(fl_snapshot_stats(snapshot, &stats, &error), "stats", &error);
-        printf("{\"plain\": %.0f, \"plain_idle\": %.0f, \"idle\": %.0f, \"bare\": %.0f, \"first\": %.0f, \"plain_again\": %.0f, \"again\": %.0f, "
-               "\"spilled\": %llu, \"waits\": %llu}\n", 2 * count / (idle.plain + again.plain), count / idle.plain, count / idle.ours, rate_bare, rate_first,
-               count / again.plain, count / again.ours, (unsigned long long)stats.bytes_spilled, (unsigned long long)stats.room_waits);
+        printf("{\"plain\": %.0f, \"plain_idle\": %.0f, \"idle\": %.0f, \"read\": %.0f, \"bare\": %.0f, \"bare_two\": %.0f, \"first\": %.0f, \"plain_again\": %.0f, \"again\": %.0f, "
+               "\"spilled\": %llu, \"waits\": %llu}\n", 2 * count / (idle.plain + again.plain), count / idle.plain, count / idle.ours, rate_read, rate_bare, rate_two,
+               rate_first, count / again.plain, count / again.ours, (unsigned long long)stats.bytes_spilled, (unsigned long long)stats.room_waits);
         fflush(stdout);
         fl_snapshot_free(snapshot);
         fl_image_free(fleecing);
