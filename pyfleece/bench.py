@@ -54,6 +54,7 @@ class Pattern:
     read_percent: int = 0
     hot: tuple[int, int] = (0, 0)       # percent of the operations, percent of the disk
     rate: int | None = None             # operations per second
+    direct: bool = False                # around the page cache (O_DIRECT), whatever Options.direct says
 
     def start(self, disk: Disk, *, seed: int, touch: int | None = None, operations: int | None = None) -> Load:
         """`touch`: write one block in each so many bytes, once if the order is random."""
@@ -214,13 +215,14 @@ def _existing(path: str, what: str, destroy: bool) -> int:
 
 @contextmanager
 def _source(options: Options, tell: Callable[[str], None]) -> Iterator[Image]:
+    direct = options.direct or options.pattern.direct
     if not os.path.isdir(options.source):
-        with pyfleece.open(options.source, "r+", format="raw", direct=options.direct) as image:
+        with pyfleece.open(options.source, "r+", format="raw", direct=direct) as image:
             yield image
         return
     with tempfile.TemporaryDirectory(prefix="pyfleece-bench-", dir=options.source) as directory:
         path = os.path.join(directory, "disk.raw")
-        with pyfleece.create(path, options.size, direct=options.direct) as image:
+        with pyfleece.create(path, options.size, direct=direct) as image:
             _fill(image, tell)
             yield image
 
@@ -417,11 +419,11 @@ _RW = {
     "randrw": ("random", 50),
 }
 _UNITS = {"": 1, "k": 1 << 10, "m": MIB, "g": 1 << 30}
-_IGNORED = {"ioengine", "direct", "size", "filename", "directory", "runtime", "time_based", "group_reporting", "name"}
+_IGNORED = {"ioengine", "size", "filename", "directory", "runtime", "time_based", "group_reporting", "name"}
 
 
 def read_profile(path: str) -> Pattern:
-    """The first job of a file in fio's job format: rw, bs, iodepth, numjobs, rwmixread, rate_iops and
+    """The first job of a file in fio's job format: rw, bs, iodepth, numjobs, rwmixread, rate_iops, direct and
     random_distribution=zoned:A/B:... (its first zone). Options that say where and for how long are left to the
     command line; others are an error, since leaving them out would measure something else.
     """
@@ -438,7 +440,7 @@ def read_profile(path: str) -> Pattern:
         raise BenchError(f"{path}: there is no job in it") from None
     job = {key: value or "1" for key, value in parser.items(name)}
     unknown = sorted(set(job) - _IGNORED - {"rw", "readwrite", "bs", "blocksize", "iodepth", "numjobs", "rwmixread",
-                                            "rate_iops", "random_distribution"})
+                                            "rate_iops", "random_distribution", "direct"})
     if unknown:
         raise BenchError(f"{path}: {', '.join(unknown)}: not known here")
     try:
@@ -453,6 +455,7 @@ def read_profile(path: str) -> Pattern:
             read_percent=reads,
             hot=_hot(job.get("random_distribution", "random")),
             rate=int(job["rate_iops"]) if "rate_iops" in job else None,
+            direct=_flag(job.get("direct", "0")),
         )
     except (KeyError, ValueError) as error:
         raise BenchError(f"{path}: {error.args[0]!r} is not understood") from error
@@ -462,6 +465,10 @@ def _bytes(text: str) -> int:
     number = text.lower().rstrip("ib")
     unit = number[-1] if number and number[-1] in "kmg" else ""
     return int(number[: len(number) - len(unit)]) * _UNITS[unit]
+
+
+def _flag(text: str) -> bool:
+    return {"0": False, "1": True}[text]
 
 
 def _hot(text: str) -> tuple[int, int]:

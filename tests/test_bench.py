@@ -185,8 +185,33 @@ def test_profile(tmp_path):
         "rate_iops=500\nrandom_distribution=zoned:90/5:10/95\ntime_based\n"
     )
     assert bench.read_profile(os.fspath(path)) == bench.Pattern(
-        "oltp", block=8192, threads=16, read_percent=70, hot=(90, 5), rate=500
+        "oltp", block=8192, threads=16, read_percent=70, hot=(90, 5), rate=500, direct=True
     )
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["made", "existing"])
+@pytest.mark.parametrize(("option", "job"), [(False, False), (True, False), (False, True)])
+def test_direct_by_option_or_profile(tmp_path, monkeypatch, existing, option, job):
+    seen = []
+
+    def watch(function):
+        def opened(*arguments, **options):
+            seen.append(options["direct"])
+            return function(*arguments, **{**options, "direct": False})
+
+        return opened
+
+    monkeypatch.setattr(pyfleece, "open", watch(pyfleece.open))
+    monkeypatch.setattr(pyfleece, "create", watch(pyfleece.create))
+    place = tmp_path / "vm.raw" if existing else tmp_path
+    if existing:
+        place.write_bytes(bytes(MIB))
+    options = bench.Options(
+        source=os.fspath(place), fleecing=os.fspath(tmp_path), target=os.fspath(tmp_path), size=MIB,
+        pattern=bench.Pattern("one", direct=job), clusters=(4096,), seconds=0.05, direct=option, destroy=existing,
+    )  # fmt: skip
+    assert len(bench.run(options, lambda line: None)) == 1
+    assert seen[0] is (option or job)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +220,7 @@ def test_profile(tmp_path):
         ("", "no job"),
         ("[a]\nrw=sideways\n", "sideways"),
         ("[a]\nbs=many\n", "many"),
+        ("[a]\ndirect=2\n", "2"),
         ("[a]\nverify=crc32c\n", "verify: not known"),
         ("[a]\nrandom_distribution=zipf:1.1\n", "zipf"),
         ("rw=write\n", "no section"),
