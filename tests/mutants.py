@@ -39,10 +39,11 @@ class Mutant:
     old: str
     new: str
     scenarios: tuple[str, ...]  # each of them must fail
+    tries: int = 1  # in one of so many runs: more than one where threads race for a moment that nothing can fix
 
 
-def _mutant(name: str, file: str, old: str, new: str, *scenarios: str) -> Mutant:
-    return Mutant(name, file, old, new, scenarios)
+def _mutant(name: str, file: str, old: str, new: str, *scenarios: str, tries: int = 1) -> Mutant:
+    return Mutant(name, file, old, new, scenarios, tries)
 
 
 MUTANTS = [
@@ -166,6 +167,7 @@ MUTANTS = [
         "    uint64_t next = bitmap_next_set(bitmap, from, end);\n    *set = next == from;\n",
         "    *set = bitmap_test(bitmap, from);\n    uint64_t next = bitmap_next_set(bitmap, from, end);\n",
         "i3_looked_at_while_it_is_saved",
+        tries=40,
     ),
     _mutant(
         "i3_does_not_look_at_released",
@@ -743,7 +745,11 @@ def mutated(mutant: Mutant, base: Path, programs: Iterable[str]) -> Iterator[Pat
 def survives(mutant: Mutant, base: Path) -> list[str]:
     """The scenarios that should have noticed the mutant and did not."""
     with mutated(mutant, base, {PROGRAM_OF[scenario] for scenario in mutant.scenarios}) as build:
-        return [scenario for scenario in mutant.scenarios if not fails(build, scenario)]
+        return [
+            scenario
+            for scenario in mutant.scenarios
+            if not any(fails(build, scenario) for _ in range(mutant.tries))
+        ]
 
 
 def main(wanted: list[str]) -> int:

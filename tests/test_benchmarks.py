@@ -72,7 +72,7 @@ def test_backups_beside_qemu(work, tmp_path):
     told = run(work, "bench/vs_qemu.py", "--directory", work, "--rounds", "1", "--scale", "0", "--json", path, *only)
     found = json.loads(path.read_text())["rows"]
     assert [row[0] for row in rows(told)] == [row["what"] for row in found]
-    assert len(found) == 13 and all(row["ratios"][0] >= 0 for row in found)
+    assert len(found) == 15 and all(row["ratios"][0] >= 0 for row in found)
 
 
 def test_mounts_beside_qemu(work, tmp_path):
