@@ -27,7 +27,7 @@
 
 #define MAX_DATA ((size_t)1 << 20)       /* the largest write */
 #define SLICE 64u
-#define WARM ((size_t)1 << 30)
+#define WARM ((size_t)2 << 30)
 
 static void check(int rc, const char *what, const fl_error *error)
 {

@@ -181,7 +181,7 @@ def first_touch(b: Bench) -> None:
         for _ in range(b.rounds):
             for name, side in sides.items():
                 side()  # so that each begins with the file as its own kind leaves it
-                warm_memory(2 * size)
+                warm_memory(4 * size)
                 columns[name].append(side())
         b.add(
             f"first touch, {what}, our default cluster / QEMU",
