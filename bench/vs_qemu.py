@@ -661,6 +661,7 @@ def plot(rows: list[Row], path: str) -> None:
     axes.barh(places, medians, xerr=[least, most], color=colors)
     axes.set_yticks(places, [f"{row.what} (goal: {row.goal})" for row in rows], fontsize="small")
     axes.set_xscale("log")
+    axes.set_xlabel("median, least and most: a ratio, or the unit that the row names")
     axes.invert_yaxis()
     figure.savefig(path)
 
