@@ -36,6 +36,9 @@ struct image_ops {
     /* As fl_image_extents; length and max are not 0. */
     int (*extents)(fl_image *image, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
     uint64_t (*allocated)(fl_image *image);     /* bytes */
+    /* Find the place of a range that will soon be written, where the writes are faster for it. It reads as before, and a discard gives the place back. false:
+       not done, or not wholly; there is no use in trying again. NULL: no use. */
+    bool (*reserve)(fl_image *image, uint64_t count, uint64_t offset);
     /* As image_next_data. NULL: extents tell, whatever it costs them to find out where data ends. */
     uint64_t (*next_data)(fl_image *image, uint64_t offset, uint64_t end);
     /* Let [offset, offset + length) of `target`, an image with the same driver, share the blocks that this one has there, so that it reads as this one did
@@ -130,6 +133,12 @@ int image_bitmap_store(fl_image *image, const struct image_bitmap *list, size_t 
 static inline int image_clone(fl_image *image, uint64_t offset, uint64_t length, fl_image *target)
 {
     return image->ops->clone && image->ops == target->ops ? image->ops->clone(image, offset, length, target) : -EOPNOTSUPP;
+}
+
+/* The range is inside. */
+static inline bool image_reserve(fl_image *image, uint64_t count, uint64_t offset)
+{
+    return image->ops->reserve && image->ops->reserve(image, count, offset);
 }
 
 static inline int image_descriptor(fl_image *image)

@@ -82,6 +82,8 @@ bool io_punches(struct io *io);
 uint64_t io_next_data(struct io *io, uint64_t offset, uint64_t end);      /* image_next_data */
 int io_extents(struct io *io, uint64_t offset, uint64_t length, fl_extent *extents, size_t max, size_t *found, fl_error *error);
 uint64_t io_allocated(struct io *io);   /* bytes */
+/* The contract of the reserve of image_ops. */
+bool io_reserve(struct io *io, uint64_t count, uint64_t offset);
 /* Start with what io_clone of the range has to wait for, while nobody has to wait for us. It may do nothing. */
 void io_write_back(struct io *io, uint64_t offset, uint64_t length);
 /* The contract of the clone of image_ops. */

@@ -292,6 +292,11 @@ static int faulty_descriptor(fl_image *image)
     return image_descriptor(((struct faulty *)image)->inner);
 }
 
+static bool faulty_reserve(fl_image *image, uint64_t count, uint64_t offset)
+{
+    return image_reserve(((struct faulty *)image)->inner, count, offset);
+}
+
 static uint64_t faulty_allocated(fl_image *image)
 {
     fl_image *inner = ((struct faulty *)image)->inner;
@@ -325,7 +330,7 @@ static void faulty_destroy(fl_image *image)
 static const struct image_ops faulty_ops = {
     .format = "faulty",
     .readv = faulty_readv, .writev = faulty_writev, .zero = faulty_zero, .discard = faulty_discard, .flush = faulty_flush,
-    .write_compressed = faulty_write_compressed, .info = faulty_info, .extents = faulty_extents, .allocated = faulty_allocated,
+    .write_compressed = faulty_write_compressed, .info = faulty_info, .extents = faulty_extents, .allocated = faulty_allocated, .reserve = faulty_reserve,
     .ends_at = faulty_ends_at, .descriptor = faulty_descriptor, .settle = faulty_settle,
     .bitmap_load = faulty_bitmap_load, .bitmap_store = faulty_bitmap_store, .destroy = faulty_destroy,
 };

@@ -5,8 +5,10 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define ZERO_BLOCK (64u << 10)
@@ -166,6 +168,15 @@ uint64_t io_allocated(struct io *io)
     if (io->device || fstat(io->fd, &st) < 0)
         return io->size;
     return (uint64_t)st.st_blocks * 512;
+}
+
+/* ext4 looks for the place of a buffered write page by page. Where it has a range's place already, the write takes a quarter less time, and flushing it no more.
+   XFS gains nothing, btrfs would no longer compress, and tmpfs would fill the memory with zeros. */
+bool io_reserve(struct io *io, uint64_t count, uint64_t offset)
+{
+    struct statfs fs;
+    return !io->device && io->direct_fd < 0 && fstatfs(io->fd, &fs) == 0 && fs.f_type == EXT4_SUPER_MAGIC &&
+           fallocate(io->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)count) == 0;
 }
 
 /* ---- extents ---- */

@@ -69,6 +69,11 @@ static uint64_t raw_allocated(fl_image *image)
     return io_allocated(io_of(image));
 }
 
+static bool raw_reserve(fl_image *image, uint64_t count, uint64_t offset)
+{
+    return io_reserve(io_of(image), count, offset);
+}
+
 static uint64_t raw_ends_at(fl_image *image)
 {
     return atomic_load(&io_of(image)->ends_at);
@@ -99,7 +104,7 @@ static void raw_destroy(fl_image *image)
 static const struct image_ops raw_ops = {
     .format = "raw",
     .readv = raw_readv, .writev = raw_writev, .zero = raw_zero, .discard = raw_discard, .flush = raw_flush,
-    .extents = raw_extents, .next_data = raw_next_data, .clone = raw_clone, .allocated = raw_allocated, .ends_at = raw_ends_at,
+    .extents = raw_extents, .next_data = raw_next_data, .clone = raw_clone, .allocated = raw_allocated, .reserve = raw_reserve, .ends_at = raw_ends_at,
     .descriptor = raw_descriptor, .destroy = raw_destroy,
 };
 

@@ -15,6 +15,7 @@
    they are free, and each costs a fault there: a spill of 4 MiB took twice the processor time, and first writes of 1 MiB went half as fast. */
 #define BATCH_BYTES (256u << 10)
 #define DIRECT_BATCH_BYTES (4u << 20)
+#define RESERVE_BYTES (1u << 20)
 
 /* ---- slots, under the lock ---- */
 
@@ -406,6 +407,8 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->spill_above = store->slots_count / 2 + store->slots_count / 4;
     store->spill_down_to = store->slots_count / 2;
     store->hot_from = store->slots_count / 8;
+    store->reserve_step = MAX(1u, RESERVE_BYTES >> store->shift);
+    store->reserves = true;
     atomic_init(&store->references, 1);
     store->free_head = store->free_tail = store->oldest = store->newest = NO_SLOT;
     store->last_waiter = &store->first_waiter;

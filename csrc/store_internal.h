@@ -44,6 +44,7 @@ struct store {
     uint32_t hot_from;          /* from so many on a backup had better copy the oldest ones next */
     char *memory;
     size_t mapped;
+    uint32_t reserve_step;      /* slots of the file whose place is found at once */
     fl_image *fleecing;         /* NULL: none. Until the spiller ends; used by it, by file_readers, and under the lock */
     uint64_t file_slots;        /* clusters that fit into the fleecing image, or below the limit */
 
@@ -71,6 +72,8 @@ struct store {
 
     struct bitmap file_used, file_stale;        /* by file slot; stale: written, free, and not punched yet */
     uint64_t file_high;         /* no slot from here on was ever used */
+    uint64_t file_reserved;     /* the slots below have, or had, a place on the disk; the spiller's own, needs no lock */
+    bool reserves;              /* so is this: it is of use */
     uint64_t file_cursor, file_in_use;
     uint64_t freed_since_punch, punch_cursor;   /* the cursor is not 0 in the middle of a round through the file */
     bool file_full, spilling_down;

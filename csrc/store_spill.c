@@ -160,6 +160,16 @@ static bool spill_begin(struct store *store, struct batch *batch)
     return true;
 }
 
+/* Have the places of slots found that will be written next. What is beyond `end` is given back with all that is free (punch, dismantle). */
+static void reserve(struct store *store, uint64_t end)
+{
+    if (!store->reserves || end <= store->file_reserved)
+        return;
+    uint64_t from = store->file_reserved;
+    store->file_reserved = MIN(store->file_slots, MAX(end, from + store->reserve_step));
+    store->reserves = image_reserve(store->fleecing, (store->file_reserved - from) << store->shift, from << store->shift);
+}
+
 static int spill_write(struct store *store, struct batch *batch, fl_error *error)
 {
     struct iovec iov[BATCH_SLOTS];
@@ -172,6 +182,7 @@ static int spill_write(struct store *store, struct batch *batch, fl_error *error
         else
             iov[entries++] = (struct iovec){ memory, store->cluster_size };
     }
+    reserve(store, batch->first + batch->count);
     int rc = image_writev(store->fleecing, iov, entries, batch->first << store->shift, error);
     if (rc)
         error->side = FL_SIDE_FLEECING;
@@ -247,8 +258,8 @@ static void punch(struct store *store)
 {
     uint64_t least = MAX(1, PUNCH_RUN >> store->shift), from = store->punch_cursor, first = 0, count = 0;
     if (store->file_in_use == 0) {
-        count = store->file_high;
-        store->file_high = store->file_cursor = 0;
+        count = MAX(store->file_high, store->file_reserved);
+        store->file_high = store->file_reserved = store->file_cursor = 0;
     } else {
         uint64_t end = MIN(store->file_high, from + PUNCH_SCAN);
         while (from < end && count < least) {
@@ -275,7 +286,7 @@ static void punch(struct store *store)
 static void dismantle(struct store *store)
 {
     struct map map = store->map;
-    uint64_t bytes = store->file_high << store->shift;
+    uint64_t bytes = MAX(store->file_high, store->file_reserved) << store->shift;
     store->dismantled = true;
     map_init(&store->map);
     while (store->staged) {

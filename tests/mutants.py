@@ -353,8 +353,8 @@ MUTANTS = [
     _mutant(
         "i5_punches_everything",
         "store_spill.c",
-        "    if (store->file_in_use == 0) {\n        count = store->file_high;\n",
-        "    if (true) {\n        count = store->file_high;\n",
+        "    if (store->file_in_use == 0) {\n        count = MAX(store->file_high, store->file_reserved);\n",
+        "    if (true) {\n        count = MAX(store->file_high, store->file_reserved);\n",
         "i5_punch_spares_what_is_in_use",
     ),
     _mutant(
@@ -630,6 +630,27 @@ MUTANTS = [
         "",
         "i7_full_fleecing",
         "i7_freed_space_is_worth_waiting_for",
+    ),
+    _mutant(
+        "reserved_space_stays_when_the_file_is_empty",
+        "store_spill.c",
+        "        count = MAX(store->file_high, store->file_reserved);\n",
+        "        count = store->file_high;\n",
+        "reserved_space_is_limited_and_given_back",
+    ),
+    _mutant(
+        "reserved_space_stays_after_the_end",
+        "store_spill.c",
+        "    uint64_t bytes = MAX(store->file_high, store->file_reserved) << store->shift;\n",
+        "    uint64_t bytes = store->file_high << store->shift;\n",
+        "reserved_space_is_limited_and_given_back",
+    ),
+    _mutant(
+        "reserves_beyond_the_limit",
+        "store_spill.c",
+        "MIN(store->file_slots, MAX(end, from + store->reserve_step))",
+        "MAX(end, from + store->reserve_step)",
+        "reserved_space_is_limited_and_given_back",
     ),
     _mutant(
         "i7_spills_under_the_lock",

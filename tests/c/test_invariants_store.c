@@ -3,7 +3,11 @@
  * Scenarios as rig.h describes them. tests/mutants.py breaks the engine line by line and names the scenario that notices.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 
 #include "rig.h"
 #include "store.h"
@@ -161,6 +165,51 @@ TEST(i5_hung_punch_takes_nothing_else)
     fl_image_info info;
     MUST(fl_image_info_get(r.fleecing_raw, &info, &why));
     CHECK(info.allocated == 0, "%" PRIu64 " bytes are left in the fleecing image", info.allocated);
+    rig_free(&r);
+}
+
+/* As on ext4. */
+static bool reserve_anywhere(fl_image *image, uint64_t count, uint64_t offset)
+{
+    return fallocate(image_descriptor(image), FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)count) == 0;
+}
+
+static uint64_t allocated(fl_image *image)
+{
+    fl_image_info info;
+    MUST(fl_image_info_get(image, &info, &why));
+    return info.allocated;
+}
+
+/* The place of the fleecing image's next MiB is found at once, but not beyond the limit; and it is given back as soon as nothing is in it. */
+TEST(reserved_space_is_limited_and_given_back)
+{
+    for (int limited = 0; limited < 2; limited++) {
+        struct rig r = rig_that_spills(64 * CLUSTER, 1024 * CLUSTER);
+        struct image_ops ops = *r.fleecing_raw->ops;
+        ops.reserve = reserve_anywhere;
+        r.fleecing_raw->ops = &ops;
+        r.options.fleecing_limit = limited ? 32 * CLUSTER : 0;
+        fl_snapshot *s = cut(&r);
+        spill(&r, s, 0, 3);
+        uint64_t now = allocated(r.fleecing_raw);
+        CHECK(limited ? now <= 32 * CLUSTER : now >= 256 * CLUSTER, "%" PRIu64 " bytes are reserved", now);
+        MUST(fl_snapshot_discard(s, 3 * CLUSTER, 0, &why));
+        for (uint64_t deadline = clock_ns() + 5 * SECOND; allocated(r.fleecing_raw); sleep_ns(MILLISECOND))
+            CHECK(clock_ns() < deadline, "%" PRIu64 " bytes stay in an image that is empty", allocated(r.fleecing_raw));
+        spill(&r, s, 10, 3);
+        end(s);
+        CHECK(allocated(r.fleecing_raw) == 0, "%" PRIu64 " bytes are left in the fleecing image", allocated(r.fleecing_raw));
+        rig_free(&r);
+    }
+}
+
+TEST(space_is_reserved_on_ext4_only)
+{
+    struct statfs fs;
+    struct rig r = rig_new(64 * CLUSTER, 1024 * CLUSTER);
+    bool ext4 = statfs(directory, &fs) == 0 && fs.f_type == EXT4_SUPER_MAGIC, done = image_reserve(r.fleecing, 64 * CLUSTER, 8 * CLUSTER);
+    CHECK(done == ext4 && allocated(r.fleecing_raw) == (ext4 ? 64 * CLUSTER : 0), "%d, %" PRIu64 " bytes", done, allocated(r.fleecing_raw));
     rig_free(&r);
 }
 
