@@ -15,14 +15,13 @@
    they are free, and each costs a fault there: a spill of 4 MiB took twice the processor time, and first writes of 1 MiB went half as fast. */
 #define BATCH_BYTES (256u << 10)
 #define DIRECT_BATCH_BYTES (4u << 20)
+#define LOT_BYTES (2u << 20)            /* see spill_end */
 #define RESERVE_BYTES (1u << 20)
 
 /* ---- slots, under the lock ---- */
 
-static uint32_t room(const struct store *store) { return store->slots_count - store->in_use - store->reserved; }
-
 /* First come, first served: whoever asks for much is not overtaken for ever by those that ask for little. */
-static void grant_room(struct store *store)
+void grant_room(struct store *store)
 {
     struct waiter *waiter;
     while ((waiter = store->first_waiter) != NULL && room(store) >= waiter->need) {
@@ -41,7 +40,8 @@ static void slot_is_free(struct store *store, uint32_t i)
     store->slots[i].state = SLOT_FREE;
     store->in_use--;
     store->stalled = false;
-    grant_room(store);
+    if (!store->gathering)
+        grant_room(store);
 }
 
 /* To the end of the list, to be used again as late as can be: its memory is in the cache of the processor that spilled it or copied it to the backup, and where
@@ -185,6 +185,7 @@ int store_wait(struct store *store, uint32_t count, uint64_t deadline, uint32_t 
         if (rc)
             break;
         cond_wait_until(&waiter.wake, &store->lock, slice_end(deadline));
+        grant_room(store);      /* of the lot that a spill gathers; it may hang */
         if (waiter.granted)
             break;
         pthread_mutex_unlock(&store->lock);     /* the hook runs foreign code */
@@ -406,6 +407,7 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->batch = MAX(1u, MIN(MIN(BATCH_SLOTS, batch >> store->shift), store->slots_count / 4));
     store->spill_above = store->slots_count / 2 + store->slots_count / 4;
     store->spill_down_to = store->slots_count / 2;
+    store->lot = MIN(store->slots_count / 32, LOT_BYTES >> store->shift);
     store->hot_from = store->slots_count / 8;
     store->reserve_step = MAX(1u, RESERVE_BYTES >> store->shift);
     store->reserves = true;

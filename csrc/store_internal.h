@@ -41,6 +41,7 @@ struct store {
     uint32_t batch;             /* slots that one spill writes at most */
     uint32_t touch_step;        /* slots whose memory is touched at once */
     uint32_t spill_above, spill_down_to;        /* slots in use */
+    uint32_t lot;               /* slots that spilling makes free before it lets those in who wait for room */
     uint32_t hot_from;          /* from so many on a backup had better copy the oldest ones next */
     char *memory;
     size_t mapped;
@@ -68,6 +69,7 @@ struct store {
     struct map map;
 
     struct waiter *first_waiter, **last_waiter;
+    bool gathering;             /* what is freed now is not given to those who wait one by one */
     bool stalled;               /* a wait timed out and nothing was freed since */
 
     struct bitmap file_used, file_stale;        /* by file slot; stale: written, free, and not punched yet */
@@ -85,11 +87,14 @@ struct store {
 };
 
 /* store.c, under the lock */
+void grant_room(struct store *store);   /* to those who wait for it, as far as there is any */
 void slot_free(struct store *store, uint32_t slot);     /* to the end of the free list, and to whoever waits for room */
 void slot_unpin(struct store *store, uint32_t slot);
 void stage_unlink(struct store *store, uint32_t slot);
 void slot_drop(struct store *store, uint32_t slot);     /* nothing points at it any more: free it, now or with its last pin */
 void store_destroy(struct store *store);        /* the last reference is gone; not under the lock */
+static inline uint32_t room(const struct store *store) { return store->slots_count - store->in_use - store->reserved; }
+
 static inline void wake_spiller(struct store *store)
 {
     if (store->spiller_sleeps)

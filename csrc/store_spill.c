@@ -146,6 +146,7 @@ static bool spill_begin(struct store *store, struct batch *batch)
     batch->count = file_take(store, MIN(store->batch, store->staged), &batch->first);
     if (!batch->count) {
         store->file_full = true;
+        grant_room(store);
         return false;
     }
     for (uint32_t n = 0; n < batch->count; n++) {
@@ -190,12 +191,16 @@ static int spill_write(struct store *store, struct batch *batch, fl_error *error
 }
 
 /* Under the lock: the clusters live in the file now, or are staged again; those freed meanwhile are freed for good. What is staged again is put before the
-   oldest from the youngest back, so that it keeps its order. */
+   oldest from the youngest back, so that it keeps its order.
+   Those who wait for room are let in when there is a lot of it, and then as many as it is enough for: were they woken as slots become free, a processor that has
+   gone idle would be waked each time for some microseconds of work, and that takes longer than the work. No later than when there is no more to be made; and who
+   waits has a look now and then, should the next spill hang (store_wait). */
 static void spill_end(struct store *store, const struct batch *batch, int rc)
 {
     bool stalled = store->stalled;
     store->spilling -= batch->count;
     store->spill_began = 0;
+    store->gathering = true;
     for (uint32_t n = 0; n < batch->count; n++)
         map_expect(&store->map, store->slots[batch->slots[n]].cluster);
     for (uint32_t done = 0; done < batch->count; done++) {
@@ -220,6 +225,9 @@ static void spill_end(struct store *store, const struct batch *batch, int rc)
             slot_drop(store, i);
         }
     }
+    store->gathering = false;
+    if (rc || !store->staged || room(store) >= store->lot)
+        grant_room(store);
     if (rc)
         store->stalled = stalled;       /* what this batch had taken of the file and gave back is no progress */
 }

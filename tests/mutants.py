@@ -632,6 +632,20 @@ MUTANTS = [
         "i7_freed_space_is_worth_waiting_for",
     ),
     _mutant(
+        "i7_waits_for_the_whole_lot",
+        "store.c",
+        "        grant_room(store);      /* of the lot that a spill gathers; it may hang */\n",
+        "",
+        "i7_room_of_one_spill_while_the_next_hangs",
+    ),
+    _mutant(
+        "lets_writers_in_one_by_one",
+        "store_spill.c",
+        "    store->gathering = true;\n",
+        "",
+        "room_comes_in_lots",
+    ),
+    _mutant(
         "reserved_space_stays_when_the_file_is_empty",
         "store_spill.c",
         "        count = MAX(store->file_high, store->file_reserved);\n",

@@ -348,6 +348,57 @@ TEST(i7_storage_comes_back_in_time)
     rig_free(&r);
 }
 
+#define LARGE 65536ull
+
+/* 512 clusters of 64 KiB in a full stage, which spills four at a time, and lets those who wait in when sixteen are free. The first spill hangs. */
+static fl_snapshot *cut_and_fill_large(struct rig *r)
+{
+    enum { SLOTS = 512 };
+    *r = rig_new(2 * SLOTS * LARGE, 2 * SLOTS * LARGE);
+    r->options.cluster_size = LARGE;
+    r->options.stage_size = SLOTS * LARGE;
+    fl_snapshot *s = cut(r);
+    hang_next(r->fleecing, FL_OP_WRITE, 4 * LARGE, 0);
+    for (uint64_t c = 0; c < SLOTS; c++)
+        write_bytes(r, NEW, CLUSTER, c * LARGE);
+    wait_hanging(r->fleecing, 1);
+    return s;
+}
+
+/* Who waits is not kept from the room that one spill made because the next one hangs. */
+TEST(i7_room_of_one_spill_while_the_next_hangs)
+{
+    struct rig r;
+    fl_snapshot *s = cut_and_fill_large(&r);
+    hang_next(r.fleecing, FL_OP_WRITE, 4 * LARGE, 4 * LARGE);
+    struct call *w = start(WRITE, &r, CLUSTER, 600 * LARGE);
+    check_waits(w, 20);
+    fl_fault_resume(r.fleecing);
+    wait_hanging(r.fleecing, 1);
+    finish(w, 0);
+    CHECK(fl_fault_hanging(r.fleecing) == 1);
+    fl_fault_resume(r.fleecing);
+    check_old(s, 4 * LARGE, 600 * LARGE);
+    end(s);
+    rig_free(&r);
+}
+
+/* Writers are let in by lots: each wait is worth several spills. */
+TEST(room_comes_in_lots)
+{
+    struct rig r;
+    fl_snapshot *s = cut_and_fill_large(&r);
+    fl_fault slow = { .ops = FL_OP_WRITE, .action = FL_FAULT_DELAY, .nth = 1, .delay_ns = MILLISECOND };
+    MUST(fl_fault_add(r.fleecing, &slow, &why));
+    fl_fault_resume(r.fleecing);
+    for (uint64_t c = 512; c < 1024; c++)
+        write_bytes(&r, NEW, CLUSTER, c * LARGE);
+    fl_stats stats = stats_of(s);
+    CHECK(stats.room_waits > 0 && stats.room_waits <= 512 / 10, "%" PRIu64 " waits for the room of 512 clusters", stats.room_waits);
+    end(s);
+    rig_free(&r);
+}
+
 /* While there is room in the stage nobody notices that the fleecing image hangs. */
 TEST(i7_room_left_and_hung_fleecing)
 {
