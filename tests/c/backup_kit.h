@@ -39,7 +39,7 @@ struct sink {
     pthread_mutex_t lock;       /* protects the log */
     struct range *writes;
     size_t count, room;
-    uint64_t written, zeroed, zero_calls, flushes, hold_ns;
+    uint64_t written, reserved, zeroed, zero_calls, flushes, hold_ns;
 };
 
 static inline int sink_writev(fl_image *image, const struct iovec *iov, int count, uint64_t offset, size_t length, fl_error *error)
@@ -66,6 +66,16 @@ static inline int sink_zero(fl_image *image, uint64_t count, uint64_t offset, fl
     return 0;
 }
 
+static inline bool sink_reserve(fl_image *image, uint64_t count, uint64_t offset)
+{
+    struct sink *sink = (struct sink *)(void *)image;
+    (void)offset;
+    pthread_mutex_lock(&sink->lock);
+    sink->reserved += count;
+    pthread_mutex_unlock(&sink->lock);
+    return true;
+}
+
 static inline int sink_flush(fl_image *image, fl_error *error)
 {
     struct sink *sink = (struct sink *)(void *)image;
@@ -84,7 +94,8 @@ static inline void sink_destroy(fl_image *image)
 }
 
 static const struct image_ops sink_ops = {
-    .format = "sink", .writev = sink_writev, .zero = sink_zero, .flush = sink_flush, .destroy = sink_destroy,
+    .format = "sink", .writev = sink_writev, .zero = sink_zero, .reserve = sink_reserve, .flush = sink_flush,
+    .destroy = sink_destroy,
 };
 
 static inline struct sink *new_sink(uint64_t size)

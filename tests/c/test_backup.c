@@ -90,6 +90,23 @@ static void test_copy_of_short_and_long_zeros(void)
     }
 }
 
+/* Space is reserved for long runs of data, and no more than these, where the target has none yet. */
+static void test_space_is_reserved_for_new_data(void)
+{
+    for (int is_zero = 0; is_zero < 2; is_zero++) {
+        struct fake *fake = fake_new(MIB, 4096, FL_DATA, true);
+        struct sink *sink = new_sink(MIB);
+        memset(fake->bytes + 256 * KIB, 0, 128 * KIB);          /* data: 256 KiB, 64 KiB, 128 KiB */
+        memset(fake->bytes + 448 * KIB, 0, 448 * KIB);
+        fl_backup *job = start(fake, &sink->image, (fl_backup_options){ .target_is_zero = is_zero });
+        MUST(fl_backup_wait(job, 5 * SECOND, &why));
+        CHECK(sink->written == 448 * KIB && sink->reserved == (is_zero ? 384 * KIB : 0), "%" PRIu64 " bytes reserved", sink->reserved);
+        end(job);
+        image_unref(&sink->image);
+        fake_free(fake);
+    }
+}
+
 /* Runs of any length are one step: an empty disk of 16 TiB is done at once, zeroed or not, as a copy or in chunks. */
 static void test_empty_16_tib(void)
 {
@@ -453,7 +470,7 @@ static void test_hot_with_many_workers(void)
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
-        TEST(copy_of_random_extents), TEST(copy_ends_sparse), TEST(copy_of_short_and_long_zeros), TEST(empty_16_tib),
+        TEST(copy_of_random_extents), TEST(copy_ends_sparse), TEST(copy_of_short_and_long_zeros), TEST(space_is_reserved_for_new_data), TEST(empty_16_tib),
         TEST(empty_disk), TEST(options), TEST(no_more_threads_than_work),
 #ifndef SANITIZED
         TEST(threads_that_cannot_start_are_not_missed),
