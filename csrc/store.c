@@ -15,7 +15,7 @@
    they are free, and each costs a fault there: a spill of 4 MiB took twice the processor time, and first writes of 1 MiB went half as fast. */
 #define BATCH_BYTES (256u << 10)
 #define DIRECT_BATCH_BYTES (4u << 20)
-#define LOT_BYTES (2u << 20)            /* see spill_end */
+#define LOT_BYTES (4u << 20)            /* see spill_end */
 #define RESERVE_BYTES (1u << 20)
 
 /* ---- slots, under the lock ---- */
@@ -407,7 +407,7 @@ int store_create(const struct store_options *options, struct store **out, fl_err
     store->batch = MAX(1u, MIN(MIN(BATCH_SLOTS, batch >> store->shift), store->slots_count / 4));
     store->spill_above = store->slots_count / 2 + store->slots_count / 4;
     store->spill_down_to = store->slots_count / 2;
-    store->lot = MIN(store->slots_count / 32, LOT_BYTES >> store->shift);
+    store->lot = MIN(store->slots_count / 16, LOT_BYTES >> store->shift);
     store->hot_from = store->slots_count / 8;
     store->reserve_step = MAX(1u, RESERVE_BYTES >> store->shift);
     store->reserves = true;

@@ -350,7 +350,7 @@ TEST(i7_storage_comes_back_in_time)
 
 #define LARGE 65536ull
 
-/* 512 clusters of 64 KiB in a full stage, which spills four at a time, and lets those who wait in when sixteen are free. The first spill hangs. */
+/* 512 clusters of 64 KiB in a full stage, which spills four at a time, and lets those who wait in when 32 are free. The first spill hangs. */
 static fl_snapshot *cut_and_fill_large(struct rig *r)
 {
     enum { SLOTS = 512 };
