@@ -16,7 +16,7 @@
 #include "backup.h"
 
 #define BLOCK 4096u
-#define WORTH_RESERVING (128u << 10)     /* a write as long is faster where its place was found before */
+#define WORTH_RESERVING (64u << 10)      /* a write as long is faster where its place was found before */
 #define QUICK_NS 20000000u      /* a zeroing that took less may be twice as long next time; */
 #define SLOW_NS 200000000u      /* one that took more shall be shorter, so that a cancel need not wait for it */
 #define MIN_ZERO_STEP (UINT64_C(1) << 20)
