@@ -53,6 +53,7 @@ struct worker {
     struct item *item;          /* chunks mode: the piece of work's place in the queue */
     uint64_t data_start, data_end;      /* chunks mode: data in the buffer that is not a chunk yet; empty if equal */
     uint64_t run_start, run_end;        /* compressing: what is in the buffer and not written yet; empty if equal */
+    bool pressing;              /* copy mode: the guest writes, and the stage fills */
     uint64_t zero_step;         /* copy mode: bytes that the target zeroes in a moment, as far as we know */
 };
 

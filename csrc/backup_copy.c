@@ -52,7 +52,8 @@ static int zero_target(struct worker *worker, uint64_t offset, uint64_t length, 
 static int write_target(struct worker *worker, const unsigned char *data, uint64_t offset, uint64_t length, fl_error *error)
 {
     fl_backup *job = worker->job;
-    if (length >= WORTH_RESERVING && job->target_is_zero)
+    /* Not beside a guest that writes: pages of reserved space are clean, and can be given up (backup_writeback.c), later than others; that costs more there. */
+    if (length >= WORTH_RESERVING && job->target_is_zero && !worker->pressing)
         image_reserve(job->target, length, offset);
     int rc = length ? image_write(job->target, data, length, offset, error) : 0;
     if (rc)
@@ -187,11 +188,11 @@ void copy_loop(struct worker *worker)
         fl_error error = { 0 };
         uint64_t hot;
         /* First what fills the stage: copied now, it is read from memory and released before it must be spilled. */
-        bool pressing = job->discard && snapshot_hot(job->snapshot, &hot);
+        worker->pressing = job->discard && snapshot_hot(job->snapshot, &hot);
 
         pthread_mutex_lock(&job->lock);
         writeback_if_due(job);
-        bool any = !job->failed && pressing && cursor_take_hot(job, hot, &work);
+        bool any = !job->failed && worker->pressing && cursor_take_hot(job, hot, &work);
         if (!any && (any = cursor_look(job, &work)))
             cursor_take(job, &work);
         pthread_mutex_unlock(&job->lock);

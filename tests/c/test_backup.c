@@ -422,6 +422,7 @@ static void test_hot_first(void)
     CHECK(next == 30, "ended at %" PRIu64, next);
     CHECK(sink->writes[0].offset == 9 * granule && sink->writes[1].offset == 30 * granule,
           "written first: %" PRIu64, sink->writes[0].offset);
+    CHECK(sink->reserved == 19 * granule, "%" PRIu64 " bytes reserved, those while the stage fills among them", sink->reserved);
     CHECK(fake->map_count == 1 && fake->map[0].kind == FL_DISCARDED, "not all was discarded");
     check_read_once(fake);
     fl_progress p = progress_of(job);
