@@ -33,6 +33,7 @@ struct io {
 
     /* atomic: what turned out not to work here, so as not to try it again */
     atomic_bool no_punch, no_zero_range, no_zeroout, no_discard;
+    atomic_int reserves;        /* does io_reserve do anything: 1, -1: no, 0: nobody has asked yet */
     _Atomic uint64_t ends_at;   /* the least end that was met where there should have been more; UINT64_MAX: none. It never grows again */
     _Atomic uint64_t reached;   /* the file is at least so long: its length at opening, and what io_reaches said since */
     _Atomic uint64_t data_from, data_to;        /* a file: between them there was data when we last looked, and we made no hole since. Not set together, as data

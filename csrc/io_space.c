@@ -174,9 +174,13 @@ uint64_t io_allocated(struct io *io)
    XFS gains nothing, btrfs would no longer compress, and tmpfs would fill the memory with zeros. */
 bool io_reserve(struct io *io, uint64_t count, uint64_t offset)
 {
-    struct statfs fs;
-    return !io->device && io->direct_fd < 0 && fstatfs(io->fd, &fs) == 0 && fs.f_type == EXT4_SUPER_MAGIC &&
-           fallocate(io->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)count) == 0;
+    int reserves = atomic_load_explicit(&io->reserves, memory_order_relaxed);
+    if (!reserves) {            /* once: where the file is on a server, that is asked */
+        struct statfs fs;
+        reserves = !io->device && io->direct_fd < 0 && fstatfs(io->fd, &fs) == 0 && fs.f_type == EXT4_SUPER_MAGIC ? 1 : -1;
+        atomic_store_explicit(&io->reserves, reserves, memory_order_relaxed);
+    }
+    return reserves > 0 && fallocate(io->fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)count) == 0;
 }
 
 /* ---- extents ---- */
